@@ -1,0 +1,125 @@
+"""Handlers for encoding (loss mask, token ids) and the learning-rate schedule."""
+import functools
+import hashlib
+import itertools
+import json
+import re
+
+from handlers import MIRROR, CannotRebuild, converted, handles, same
+
+CHARACTERS = 'character-level toy: BOS "<s>" prepended, "</s>" one token, every other character one token'
+
+
+class CharacterTokenizer:
+    "The toy of the vectors: markers are one token each, every other character is one token."
+
+    def __init__(self, bos, markers, eos):
+        self.bos_token, self.eos_token, self.vocabulary = bos, eos, {}
+        self.pattern = re.compile("|".join([*map(re.escape, markers), "."]), re.DOTALL)
+
+    def _id(self, piece):
+        return self.vocabulary.setdefault(piece, len(self.vocabulary))
+
+    def __call__(self, text, truncation=False, max_length=None, **_):
+        pieces = ([self.bos_token] if self.bos_token else []) + self.pattern.findall(text)
+        return {"input_ids": [self._id(piece) for piece in pieces][:max_length if truncation else None]}
+
+    def convert_ids_to_tokens(self, ids):
+        pieces = {number: piece for piece, number in self.vocabulary.items()}
+        return [pieces[number] for number in ids]
+
+
+def toy_tokenizer(words):
+    "Build the tokenizer that a vector describes."
+    if "character" not in words:
+        raise CannotRebuild(f"unknown toy tokenizer: {words}")
+    bos = re.search(r'BOS "([^"]+)"', words)
+    single = re.findall(r'"([^"]+)" (?:is |as )?(?:one|a single) token', words)
+    eos = re.search(r'EOS "([^"]+)"', words)
+    if not (single or eos):
+        raise CannotRebuild(f"the description names no end-of-sequence token: {words}")
+    eos = eos[1] if eos else single[0]
+    markers = [*single, eos] + ([bos[1]] if bos else [])
+    return CharacterTokenizer(bos[1] if bos else "", sorted(set(markers), key=len, reverse=True), eos)
+
+
+def describe(row, tokenizer):
+    "A row in the terms of the vectors: text and loss as spans of characters."
+    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    begins = bool(tokenizer.bos_token) and bool(pieces) and pieces[0] == tokenizer.bos_token
+    widths = [0 if begins and i == 0 else len(piece) for i, piece in enumerate(pieces)]
+    starts = [0, *itertools.accumulate(widths)]
+    counts = [label != -100 for label in row["labels"]]
+    text, spans = "".join(pieces[1:] if begins else pieces), []
+    for counted, group in itertools.groupby(range(len(pieces)), key=counts.__getitem__):
+        group = list(group)
+        if counted:
+            spans.append([starts[group[0]], starts[group[-1] + 1]])
+    return {"text": text, "loss_char_spans": spans, "loss_text": [text[a:b] for a, b in spans], "n_tokens": len(pieces),
+            "first_token": pieces[0] if pieces else None, "n_loss_tokens": sum(counts),
+            "bos_label_masked": not counts[0] if counts else None}
+
+
+def compare(row, tokenizer, case):
+    assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    found = describe(row, tokenizer)
+    same({key: found.get(key) for key in case.output}, case.output)
+
+
+@handles("finetune.encode_with_messages_format")
+def chat_encoding(case):
+    from tulu_study.training import encode
+    tokenizer = toy_tokenizer(case.input.get("tokenizer", CHARACTERS))
+    compare(encode(case.input["messages"], tokenizer, case.input["max_seq_length"]), tokenizer, case)
+
+
+@handles("finetune.encode_with_prompt_completion_format")
+def prompt_completion_encoding(case):
+    from tulu_study.training import encode_prompt_completion
+    tokenizer = toy_tokenizer(case.input.get("tokenizer", CHARACTERS))
+    given = case.input
+    compare(encode_prompt_completion(given["prompt"], given["completion"], tokenizer, given["max_seq_length"]), tokenizer, case)
+
+
+@handles("transformers.get_scheduler")
+def learning_rate_schedule(case):
+    import torch
+    from tulu_study.training import schedule, warmup_steps
+    given, expected = case.input, case.output["lr_over_peak_at_step_0_to_n"]
+    steps = given["num_training_steps"]
+    if "warmup_ratio" in given and "warmup_steps" in given:
+        same(warmup_steps(steps, given["warmup_ratio"]), given["warmup_steps"], "warm-up steps")
+    warmup = given.get("warmup_steps", warmup_steps(steps, given.get("warmup_ratio", 0.0)))
+    kind = given.get("lr_scheduler_type", given.get("name", "linear"))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, factors = schedule(optimizer, steps, warmup, kind), []
+    for _ in expected:
+        factors.append(round(scheduler.get_last_lr()[0], 10))
+        optimizer.step()
+        scheduler.step()
+    same(factors, expected, "learning rate over its peak")
+
+
+@functools.lru_cache(maxsize=None)
+def mirror_tokenizer(name):
+    from tulu_study.training import load_tokenizer
+    return load_tokenizer(MIRROR / "tokenizers" / name)
+
+
+@handles("mirror_encodings")
+def encodings_of_real_data(case):
+    "Every token and label of the first conversations of a dataset; `encode_all` gives the same but for fully masked rows."
+    from tulu_study.core.files import read_jsonl
+    from tulu_study.training import encode, encode_all
+    key, name, length = case.id.split("/")
+    rows = (row for row in read_jsonl(converted(key)) if row.get("messages"))
+    rows = list(itertools.islice(rows, case.output["conversations"]))
+    tokenizer, length = mirror_tokenizer(name), int(length)
+    encoded = [encode(row["messages"], tokenizer, length) for row in rows]
+    learnt = [row for row in encoded if any(label != -100 for label in row["labels"])]
+    same(encode_all(rows, tokenizer, length).rows, learnt, "encode_all beside encode")
+    lines = [f"{json.dumps(row['input_ids'])}|{json.dumps(row['labels'])}\n" for row in encoded]
+    found = {"conversations": len(encoded), "tokens": sum(len(row["input_ids"]) for row in encoded),
+             "supervised": sum(label != -100 for row in encoded for label in row["labels"]),
+             "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    same({key: found[key] for key in case.output}, case.output)
