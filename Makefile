@@ -1,0 +1,69 @@
+# make study   set up the environment and run a study (STUDY=nano by default; SOURCES=<folder of raw files>)
+# make test    set up and run everything that CI runs
+# make plan | report | lab | figures | doctor | system-deps | clean
+
+STUDY ?= nano
+PYTHON ?= python3
+VENV ?= .venv
+# set-up is complete when this stamp is newer than the packaging files
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+ifdef SOURCES
+export TULU_SOURCES := $(abspath $(SOURCES))
+endif
+ifdef RESULTS
+export TULU_RESULTS := $(abspath $(RESULTS))
+endif
+# a study started by make ends with make
+export TULU_TIED := 1
+
+.PHONY: study plan report lab test check figures doctor setup system-deps clean readme
+.DEFAULT_GOAL := study
+
+study: setup
+	@$(BIN)/tulu-study run $(STUDY)
+	@$(BIN)/tulu-study figures $(STUDY)
+
+plan: setup
+	@$(BIN)/tulu-study plan $(STUDY)
+
+# where to look: the tables in the terminal, the rest as paths
+report: setup
+	@$(BIN)/tulu-study report $(STUDY)
+
+figures: setup
+	@$(BIN)/tulu-study figures $(STUDY)
+
+doctor: setup
+	@$(BIN)/tulu-study doctor
+
+lab: setup
+	@$(BIN)/python -m ipykernel install --sys-prefix --name tulu-study --display-name "Python (tulu_study)"
+	@$(BIN)/jupyter lab --notebook-dir .
+
+test: setup system-deps-if-root
+	@$(BIN)/python tests/gate.py
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py tools/setup_env.sh
+	@PYTHON="$(PYTHON)" bash tools/setup_env.sh "$(VENV)"
+
+# Debian packages that features need: g++ (DeepSpeed on several CPU ranks), bubblewrap (sandbox of generated code)
+DEBIAN := g++ bubblewrap
+system-deps:
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN)
+
+.PHONY: system-deps-if-root
+system-deps-if-root:
+	@missing=""; for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) --no-print-directory system-deps; \
+	else echo "Not installed:$$missing. The tests that need them are skipped; to install: sudo make system-deps"; fi
+
+readme: setup
+	@$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf results/$(STUDY)

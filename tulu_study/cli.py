@@ -1,0 +1,239 @@
+"""The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
+
+The comments after each argument are its `--help`."""
+import collections, contextlib, fcntl, importlib.util, inspect, json, os, shutil, subprocess, sys, time
+from pathlib import Path
+
+from fastcore.script import anno_parser, call_parse
+
+from tulu_study.core.cells import CellError, check_parameters, read_manifest, run_cell
+from tulu_study.core.grid import Grid, load
+from tulu_study.core import grid as grids
+from tulu_study.core.params import ParamsError
+from tulu_study.core.process import die_with_parent, start_child
+from tulu_study.core.settings import packaged_root, project_root, settings
+from tulu_study.core.sources import SourceError
+
+MARKS = {"done": "✓", "missing": "·", "failed": "✗", "interrupted": "~", "changed": "≠"}
+
+
+def _table(rows: list[list[str]], head: list[str]) -> str:
+    "Align columns; the last one is left as long as it is."
+    widths = [max(len(str(r[i])) for r in [head, *rows]) for i in range(len(head) - 1)]
+    line = lambda r: "  ".join([*(str(c).ljust(w) for c, w in zip(r, widths)), str(r[-1])]).rstrip()
+    return "\n".join([line(head), *map(line, rows)])
+
+
+@call_parse(pos=["study"])
+def plan(
+    study: str = "nano",   # a study of params/studies, or a path to a study file
+    unfinished: bool = False,   # leave out cells that are done
+):
+    "List every cell of a study with its state and the reason."
+    grid = load(study)
+    states = {name: grid.state(name) for name in grid}
+    rows = [[MARKS[s.word], name, s.word, s.reason] for name, s in states.items() if not (unfinished and s.word == "done")]
+    print(f"{grid.study.study}: {grid.study.title}\nresults in {os.path.relpath(grid.root)}\n")
+    print(_table(rows, ["", "cell", "state", "reason"]))
+    counts = collections.Counter(s.word for s in states.values())
+    print(f"\n{len(grid)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "." + ("" if counts["done"] == len(grid) else f" `tulu-study run {study}` does the rest."))
+
+
+@contextlib.contextmanager
+def _alone(grid: Grid):
+    "Let one process at a time run a study; the lock ends with its holder."
+    grid.root.mkdir(parents=True, exist_ok=True)
+    with open(grid.root/".lock", "a+") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise CellError(f"Process {lock.read().strip()} is running this study already; `tulu-study plan {grid.study.study}` shows how far it is.") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _snakemake(grid: Grid, study: str, jobs: int) -> int:
+    "Run the grid; Snakemake's own lock is not needed, since ours ends with the process that holds it."
+    site, gpus = grid.site, _gpus()
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"Snakefile"), "--directory", str(grid.root), "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime",
+               "--quiet", "all", "--config", f"study={study}", f"gpus={len(gpus)}"]
+    if site.executor == "slurm": command += ["--executor", "slurm", "--jobs", str(jobs), "--latency-wait", "60"]
+    else: command += ["--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
+    return start_child(command, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {})).wait()
+
+
+def _gpus() -> list[str]:
+    "Ids of the GPUs that this process may use."
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None: return [g for g in named.split(",") if g]
+    if not shutil.which("nvidia-smi"): return []
+    said = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return said.stdout.split() if said.returncode == 0 else []
+
+
+def _partial(grid: Grid, todo: list[str]) -> None:
+    "After failures, draw the tables and figures from what there is; they are drawn again once the rest has run."
+    for name in todo:
+        cell = grid[name]
+        if cell.stage not in ("table", "figure") or grid.state(name).word == "done" or (cell.out_dir/"failed.json").exists(): continue
+        lacking = [n for n in cell.needs if grid.state(n).word != "done"]
+        try: run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs | {"not_run": lacking})
+        except CellError as e: print(f"{name}: not drawn from what there is: {str(e).splitlines()[-1]}")
+        else: print(f"  {name}: drawn without {', '.join(lacking)}, which did not run")
+
+
+@call_parse(pos=["study"])
+def run(
+    study: str = "nano",   # a study of params/studies, or a path to a study file
+    jobs: int = 0,         # cells side by side, 0 = as in settings.ini (there 0 = one per core)
+    force: str = "",       # cells to run again even where they are done, comma-separated
+):
+    "Run what a study has not finished yet. The same command continues after any interruption."
+    if os.environ.get("TULU_TIED"): die_with_parent()
+    study = str(Path(study).resolve()) if study.endswith((".yaml", ".yml")) else study
+    grid = load(study)
+    jobs = jobs or grid.site.jobs or os.cpu_count() or 1
+    with _alone(grid):
+        for name in filter(None, force.split(",")):
+            if name not in grid: raise CellError(f"No cell {name!r} in this study; `tulu-study plan {study}` lists them.")
+            (grid[name].out_dir/"manifest.json").unlink(missing_ok=True)
+        todo = grid.sync()
+        if not todo:
+            print(f"All {len(grid)} cells of {grid.study.study} are done. Results: {os.path.relpath(grid.root)}")
+            return
+        print(f"{grid.study.study}: {len(grid) - len(todo)} of {len(grid)} cells done, {len(todo)} to run, {jobs} at a time", flush=True)
+        began = time.time()
+        code = _snakemake(grid, study, jobs)
+        grid = load(study)
+        left = grid.sync()
+        if left: _partial(grid, left)
+        print(_summary(grid, [n for n in todo if n not in left], time.time() - began, jobs))
+    if left or code:
+        print("\nNot finished:\n" + _table([[n, grid.state(n).word, grid.state(n).reason] for n in left], ["cell", "state", "reason"]) + f"\n\nMend the cause, then the same command continues: tulu-study run {study}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _summary(grid: Grid, ran: list[str], wall: float, jobs: int) -> str:
+    "Wall time and what share of it was not compute, from the manifests of the cells that ran."
+    manifests = [m for n in ran if (m := read_manifest(grid[n].out_dir))]
+    compute = sum(m["timings"].get("compute", 0) for m in manifests)
+    overhead = 1 - compute / (wall * jobs) if wall else 0
+    text = f"{len(ran)} cells in {wall:.0f} s ({jobs} at a time): {compute:.0f} s of compute; {overhead:.0%} of the {wall * jobs:.0f} s of all places was something else (imports, kernels, waiting)"
+    (grid.root/"last_run.json").write_text(json.dumps({"cells": len(ran), "wall_seconds": round(wall, 1), "jobs": jobs, "compute_seconds": round(compute, 1), "not_compute": round(overhead, 3)}))
+    return text
+
+
+@contextlib.contextmanager
+def _hold_gpus(wanted: int):
+    "Lock as many GPUs as a cell asks for and show it only those: Snakemake counts them, but assigns none. Slurm assigns them itself."
+    ids = _gpus()
+    if not wanted or not ids or os.environ.get("SLURM_JOB_ID"): yield; return
+    with contextlib.ExitStack() as stack:
+        mine = []
+        while len(mine) < wanted:
+            for gpu in (g for g in ids if g not in mine and len(mine) < wanted):
+                lock = open(Path(settings().results)/f".gpu-{gpu}.lock", "w")
+                try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError: lock.close()
+                else: mine.append(gpu); stack.enter_context(lock)
+            if len(mine) < wanted: time.sleep(1)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        yield
+
+
+@call_parse
+def cell(
+    study: str,            # a study of params/studies, or a path to a study file
+    name: str,             # one of its cells, as `tulu-study plan` lists them
+    force: bool = False,   # run even where it is done
+):
+    "Run one cell of a study (Snakemake calls this for each)."
+    die_with_parent()
+    grid = load(study)
+    if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")
+    known = read_manifest(grid[name].out_dir)
+    try:
+        with _hold_gpus(grid[name].gpus): manifest = grids.run(grid, name, force)
+    except Exception as e:
+        print(f"✗ {name}: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}\n  executed notebook: {os.path.relpath(grid[name].executed)}", flush=True)
+        sys.exit(1)
+    count = sum(c.stamp.exists() for c in grid.values())
+    print(f"✓ [{count:>{len(str(len(grid)))}}/{len(grid)}] {name}: " + ("was done" if known and known["key"] == manifest["key"] and not force else f"{manifest['seconds']:.1f} s"), flush=True)
+
+
+@call_parse(pos=["study"])
+def figures(
+    study: str = "nano",   # a study of params/studies, or a path to a study file
+    into: str = "",        # folder, empty = figures/<study> in the checkout
+):
+    "Copy a study's tables and figures, with what made them, into the checkout; a re-run changes no byte."
+    from tulu_study.reporting.figures import copy_figures
+    grid = load(study)
+    base = Path.cwd() if project_root() == packaged_root() else project_root()
+    target = Path(into) if into else base/"figures"/grid.study.study
+    copied = copy_figures(grid.root, target)
+    print(f"{len(copied)} files in {os.path.relpath(target)}")
+
+
+def _can_import(module: str, seconds: int = 120) -> tuple[bool, str]:
+    "Import a package in a process of its own: a broken one may take its process along."
+    if importlib.util.find_spec(module) is None: return False, "not installed"
+    done = subprocess.run([sys.executable, "-c", f"import {module} as m; print(getattr(m, '__version__', ''))"], capture_output=True, text=True, timeout=seconds, env={**os.environ, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")})
+    return done.returncode == 0, (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else (done.stderr.strip().splitlines() or ["fails"])[-1][:120]
+
+
+def _reachable(url: str) -> bool:
+    "Whether a server answers within five seconds."
+    import urllib.error, urllib.request
+    try: urllib.request.urlopen(url, timeout=5)
+    except urllib.error.HTTPError: return True
+    except Exception: return False
+    return True
+
+
+@call_parse
+def doctor():
+    "Say what will work on this machine, and what to install for the rest."
+    site, checks = settings(), []
+    def check(what, ok, found, advice=""):
+        checks.append(["✓" if ok else "✗", what, found + ("" if ok or not advice else f"  → {advice}")])
+    extra = "pip install 'tulu-study[gpu]'" if _gpus() else "pip install 'tulu-study[cpu]' (make setup)"
+    check("Python", (3, 10) <= sys.version_info[:2] < (3, 13), sys.version.split()[0], "use Python 3.10 to 3.12")
+    for what, module in {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}.items(): check(what, *_can_import(module), extra)
+    check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps")
+    check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs")
+    check("sandbox for generated code", bool(shutil.which("bwrap")), shutil.which("bwrap") or "bubblewrap not found", "make system-deps (needed by Codex-Eval alone)")
+    site.results.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(site.results).free / 2**30
+    check("disk for results", free > 5, f"{free:.0f} GiB free", "nano needs 1 GiB, mini 5 GiB; set [roots] results")
+    check("sources root", site.sources is not None and site.sources.is_dir(), str(site.sources or "none set"), "only needed where the hub cannot be reached (settings.ini, [roots] sources)")
+    hub = _reachable("https://huggingface.co")
+    check("Hugging Face hub", hub, "answers" if hub else "does not answer", "downloads will fail; set a sources root")
+    check("Slurm", bool(shutil.which("sbatch")), shutil.which("sbatch") or "no sbatch", "only needed for [executor] profile = slurm")
+    print(_table(checks, ["", "check", "found"]))
+
+
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "doctor": doctor}
+
+
+def main() -> None:
+    "Dispatch `tulu-study COMMAND …`; known errors end with their message alone."
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command not in COMMANDS:
+        wrong = command not in ("-h", "--help")
+        lines = [f"usage: tulu-study COMMAND [options]   (tulu-study COMMAND --help)\n"] + [f"  {n:<9}{f.__doc__.splitlines()[0]}" for n, f in COMMANDS.items()]
+        print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
+        sys.exit(2 if wrong else 0)
+    function = COMMANDS[command].__wrapped__
+    given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in ("study", "name") if n in inspect.signature(function).parameters]).parse_args(sys.argv[2:]))
+    try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
+    except (CellError, ParamsError, SourceError, ValueError, FileNotFoundError) as e:
+        print(f"tulu-study {command}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\ntulu-study {command}: stopped; the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,205 @@
+"""The set of cells that a study file asks for: names, notebooks, parameters, folders, what needs what, and the state of each.
+
+Snakemake runs the grid (design, decision 5). What it may ask for, and whether a cell is finished, is decided here, from manifests alone. A cell's key covers its code,
+its parameters and the keys of all cells before it, so an edit anywhere changes exactly the keys after it. For each finished cell Snakemake sees an empty file
+`done.<key>`: a changed key is a file that does not exist yet, and nothing has to be compared by time."""
+import json, os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tulu_study.core import cells as door
+from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models
+from tulu_study.core.sources import find, fingerprint
+from tulu_study.core.settings import Settings, settings
+
+STAGES = ("world", "convert", "mix", "pretrain", "base_model", "finetune", "evaluate", "table", "figure")
+NAMES = {"world": "sources", "convert": "data", "mix": "data", "pretrain": "base", "base_model": "base", "finetune": "checkpoints", "evaluate": "scores", "table": "tables", "figure": "figures"}
+
+
+@dataclass
+class Cell:
+    "One papermill execution of one run notebook."
+    name: str                  # e.g. "finetune-13B-dolly"
+    stage: str                 # one of STAGES
+    notebook: str              # name in nbs/runs
+    params: dict               # its parameters, out_dir aside
+    out_dir: Path
+    needs: list[str]           # names of the cells whose files it reads
+    identity: dict             # registry records and raw files that it reads
+    gpus: int = 0
+    inputs: dict = field(default_factory=dict)   # identity and the keys of `needs`
+    key: str = ""
+
+    @property
+    def stamp(self) -> Path:
+        "The file whose existence tells Snakemake that this very computation is finished."
+        return self.out_dir/f"done.{self.key}"
+
+    @property
+    def executed(self) -> Path:
+        "The executed notebook."
+        return self.out_dir/f"{self.notebook}.ipynb"
+
+
+@dataclass
+class State:
+    "Where a cell stands."
+    word: str      # done, missing, failed, interrupted, changed
+    reason: str    # for people
+
+
+class Grid(dict):
+    "The cells of a study by name, in an order in which they can run."
+
+    def __init__(self, study: Study, site: Settings):
+        super().__init__()
+        self.study, self.site, self.root = study, site, site.results/study.study
+        self.sources = self.root/"sources" if study.world is not None else site.sources
+        self._world()
+        self._data()
+        for size, model in study.models.items(): self._models(size, model)
+        self._reports()
+        for cell in self.values():
+            cell.inputs = cell.identity | {"needs": {n: self[n].key for n in cell.needs}}
+            full = door.check_parameters(cell.notebook, {**cell.params, "out_dir": str(cell.out_dir)})
+            cell.key = door.cell_key(cell.notebook, full, cell.inputs)
+
+    def _add(self, stage: str, label: str, notebook: str, params: dict, needs=(), identity=None, gpus=0) -> str:
+        name = stage if stage == "world" else f"{stage}-{label}"
+        folder = self.root/NAMES[stage] if stage == "world" else self.root/NAMES[stage]/label
+        self[name] = Cell(name, stage, notebook, params, folder, list(dict.fromkeys(needs)), identity or {}, gpus)
+        return name
+
+    # What a cell reads from outside the study
+    def _origin(self, record: Dataset | Benchmark) -> dict:
+        "Identify a record and, where they lie in a sources root of the site's, the bytes of its raw files."
+        found = {"record": record.model_dump(mode="json")}
+        if self.study.world is None and self.sources:
+            files = {f.name: find(self.sources, record.folder, f.name) for f in record.files}
+            found["files"] = {name: fingerprint(path) for name, path in files.items() if path}
+        return found
+
+    @property
+    def _before(self) -> list[str]:
+        "The cell that writes the sources, in a study whose world is invented."
+        return ["world"] if self.study.world is not None else []
+
+    def _source_root(self) -> str:
+        return str(self.sources or "")
+
+    # The stages
+    def _world(self):
+        if self.study.world is not None: self._add("world", "", "world", dict(self.study.world))
+
+    def _data(self):
+        study, wanted = self.study, [d for m in self.study.models.values() for d in m.data if d != "vanilla"]
+        parts = [p for d in wanted for p in (mixes()[d].parts if d in mixes() else [d])]
+        tokenizer = self.sources/study.tokenizer if self.sources else None
+        there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
+        for key in dict.fromkeys(parts):
+            self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, source_root=self._source_root(),
+                      tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None})
+        for key in dict.fromkeys(d for d in wanted if d in mixes()):
+            self._add("mix", key, "mix", dict(mix=key, data_dir=str(self.root/"data")), [f"convert-{p}" for p in mixes()[key].parts], {"record": mixes()[key].model_dump(mode="json")})
+
+    def _data_cell(self, key: str) -> str:
+        return f"{'mix' if key in mixes() else 'convert'}-{key}"
+
+    def _base(self, key: str) -> str:
+        "The cell that makes or fetches a base model."
+        record = models()[key]
+        name = f"{'pretrain' if record.kind == 'nano' else 'base_model'}-{key}"
+        if name in self: return name
+        params = dict(base=key, source_root=self._source_root()) | (dict(seed=self.study.seed) if record.kind == "nano" else {})
+        return self._add(*name.split("-", 1), name.split("-", 1)[0], params, self._before if record.kind == "nano" else [], {"record": record.model_dump(mode="json")})
+
+    def _models(self, size: str, model):
+        study, base = self.study, self._base(model.base)
+        for data in model.data:
+            name, checkpoint, tuned = f"{size}-{data}", self[base].out_dir, base
+            about = dict(model=name, base=model.base, data=data, size=size)
+            if data != "vanilla":
+                t = study.training
+                checkpoint = self.root/"checkpoints"/name
+                tuned = self._add("finetune", name, "finetune", dict(**about, limit=study.data.limit, seed=study.seed, **t.model_dump(), base_dir=str(self[base].out_dir),
+                                  data_file=str(self.root/"data"/data/f"{data}_data.jsonl")), [base, self._data_cell(data)], {"record": models()[model.base].model_dump(mode="json")}, t.ranks)
+            wanted = {k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}
+            self._add("evaluate", name, "evaluate", dict(**about, benchmarks=wanted, chat=data != "vanilla", protocol=study.protocol, seed=study.seed, dtype=study.evaluation.dtype,
+                      chunk_size=study.evaluation.chunk_size, source_root=self._source_root(), checkpoint_dir=str(checkpoint), predictions_dir=str(self.root/"predictions"/name)),
+                      [tuned, *self._before], {k: self._origin(benchmarks()[k]) for k in study.benchmarks}, 1)
+
+    def _reports(self):
+        study = self.study
+        used = list(dict.fromkeys(d for m in study.models.values() for d in m.data if d != "vanilla"))
+        for table in study.tables:
+            if table == "table1":
+                self._add("table", table, table, dict(study=study.study, datasets=used, data_dir=str(self.root/"data")), [self._data_cell(d) for d in used])
+        for kind, notebook in [("table", t) for t in study.tables if t != "table1"] + [("figure", f) for f in study.figures]:
+            for size, model in study.models.items():
+                label = notebook if len(study.models) == 1 else f"{notebook}-{size}"
+                params = dict(study=study.study, size=size, rows=model.data, benchmarks={k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}, scores_dir=str(self.root/"scores"))
+                if kind == "figure": params["predictions_dir"] = str(self.root/"predictions")
+                record = models()[model.base].model_dump(mode="json", include={"name", "note", "published", "key"})
+                self._add(kind, label, notebook, params, [f"evaluate-{size}-{d}" for d in model.data], {"base": record})
+
+    # State
+    def state(self, name: str) -> State:
+        "Where a cell stands, read from its folder; nothing is remembered elsewhere."
+        cell = self[name]
+        manifest = door.read_manifest(cell.out_dir)
+        if manifest is None: return self._unfinished(cell)
+        if lost := door.missing_outputs(cell.out_dir, manifest): return State("missing", f"{len(lost)} of its files gone or cut off ({lost[0]})")
+        return State("done", f"{manifest['seconds']:.0f} s") if manifest["key"] == cell.key else State("changed", self._why(cell, manifest))
+
+    def _unfinished(self, cell: Cell) -> State:
+        failed, attempt = cell.out_dir/"failed.json", cell.out_dir/"attempt.json"
+        try:
+            if failed.exists():
+                said = json.loads(failed.read_text(encoding="utf-8"))
+                return State("failed", f"{said['error']} [{os.path.relpath(said['notebook'])}]")
+            if attempt.exists(): return State("interrupted", "continues" if json.loads(attempt.read_text(encoding="utf-8"))["key"] == cell.key else "starts anew: code or parameters changed since")
+        except (OSError, json.JSONDecodeError, KeyError): pass
+        return State("missing", "never run")
+
+    def _why(self, cell: Cell, manifest: dict) -> str:
+        "Name what differs between a manifest and what the study asks for now."
+        full = door.check_parameters(cell.notebook, {**cell.params, "out_dir": str(cell.out_dir)})
+        now, then = door.science(full), door.science(manifest["parameters"])
+        if changed := [k for k in {**then, **now} if now.get(k, door) != then.get(k, door)]:
+            return "parameter changed: " + ", ".join(f"{k} {then.get(k, 'unset')!r} → {now.get(k, 'unset')!r}" for k in changed[:3])
+        code = door.code_parts(cell.notebook, full)
+        if changed := [k for k in {**code, **manifest["code"]} if code.get(k) != manifest["code"].get(k)]:
+            return "code changed: " + ", ".join("its notebook" if k == "notebook" else k for k in changed[:3])
+        needs = manifest["inputs"].get("needs", {})
+        if changed := [n for n in cell.needs if needs.get(n) != self[n].key]: return "input changed: " + ", ".join(changed[:3])
+        return "raw files or registry record changed"
+
+    def sync(self) -> list[str]:
+        "Make the stamps that Snakemake sees agree with the manifests, and return the names of unfinished cells."
+        todo = []
+        for name, cell in self.items():
+            for old in cell.out_dir.glob("done.*"):
+                if old != cell.stamp: old.unlink()
+            if self.state(name).word == "done": cell.stamp.touch()
+            else: cell.stamp.unlink(missing_ok=True); todo.append(name)
+        return todo
+
+
+def load(
+    study: str,                    # a study of params/studies, or a path to a study file
+    site: Settings | None = None,  # None = the site's settings
+) -> Grid:                         # its cells
+    "Expand a study file into its grid. Raises ParamsError, CellError or SourceError with every problem."
+    return Grid(load_study(study), site or settings())
+
+
+def run(
+    grid: Grid,      # an expanded study
+    name: str,       # one of its cells
+    force: bool = False,
+) -> dict:           # the manifest
+    "Run one cell of a grid through the door, and stamp it."
+    cell = grid[name]
+    manifest = door.run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs, force)
+    cell.stamp.touch()
+    return manifest
