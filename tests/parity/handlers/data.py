@@ -1,0 +1,131 @@
+"""Datasets and chat text: templates, converters, whole files of the mirror."""
+import inspect
+import random
+import re
+import tempfile
+from pathlib import Path
+
+from handlers import MIRROR, CannotRebuild, converted, handles, same, sha256_rows
+from tulu_study.core.files import read_jsonl
+from tulu_study.core.messages import render_eval_chat
+from tulu_study.data import convert, converters
+from tulu_study.data.templates import WITH_INPUT, WITHOUT_INPUT, encode_few_shot_example, encode_instruction_example
+
+
+@handles("instruction_encode_templates.*")
+def template_tables(case):
+    "Every row of one table, filled with the same pieces as an example's draw would."
+    with_input = "wo_input" not in case.function
+    example = (case.input["instruction"], case.input["input"] if with_input else "", case.input["output"])
+    table = WITH_INPUT if with_input else WITHOUT_INPUT
+    same(len(table), len(case.output), "rows of the table")
+    for expected in case.output:
+        row = expected["index"]
+        pair = encode_instruction_example(*example, rng=_Picks(row))
+        same({"index": row, "weight": table[row].weight, **pair}, expected, f"row {row}")
+
+
+class _Picks:
+    "A generator whose draw is decided."
+    def __init__(self, row):
+        self.row = row
+
+    def choices(self, table, weights):
+        return [table[self.row]]
+
+
+@handles("encode_instruction_example")
+def instruction_examples(case):
+    options, rng = _encoder_options(case), random.Random((case.input or {}).get("seed", 42) if not isinstance(case.input, list) else 42)
+    expected = case.output if isinstance(case.output, list) else [case.output]
+    found = [encode_instruction_example(*example, rng=rng, **options) for example in _examples(case, expected, options.get("eos", ""))]
+    if case.input is None:   # the draw is not given either: any row of the table that yields this prompt will do
+        rows = len(WITH_INPUT)
+        example = _examples(case, expected, options.get("eos", ""))[0]
+        found = [encode_instruction_example(*example, rng=_Picks(row), **options) for row in range(rows)]
+        assert expected[0] in found, f"no template gives {expected[0]!r}"
+        return
+    same(found, expected)
+
+
+def _encoder_options(case):
+    options = dict(case.options)
+    return {"eos" if name == "eos_token" else name: value for name, value in options.items() if name in ("eos_token", "random_template")}
+
+
+def _examples(case, expected, eos):
+    "The calls behind a vector: a list of triples, an object, or a sentence about them."
+    if isinstance(case.input, list):
+        return [tuple(triple.values()) if isinstance(triple, dict) else tuple(triple) for triple in case.input]
+    if isinstance(case.input, dict) and "instruction" in case.input:
+        return [(case.input["instruction"], case.input.get("input"), case.input["output"])]
+    answer = expected[0]["completion"].removesuffix(eos).strip()
+    if isinstance(case.input, dict) and "calls" in case.input:
+        return _examples_in_words(case.input["calls"], answer, len(expected))
+    if case.input is None:
+        pieces = [piece for piece in re.split(r"\s*\n\s*", expected[0]["prompt"]) if piece]
+        if len(pieces) in (1, 2):
+            return [(pieces[0], pieces[1] if len(pieces) == 2 else "", answer)]
+    raise CannotRebuild(f"input {case.input!r} does not say what was encoded")
+
+
+def _examples_in_words(words, answer, n):
+    "'12 calls, instruction I0..I11, input is two spaces'"
+    calls, name = re.search(r"(\d+) calls", words), re.search(r"instructions? (\w*?)0\b", words)
+    said = re.search(r"inputs? (?:is |are |= ?)?(.+?)(?:,|$)", words)
+    if not (calls and name and said):
+        raise CannotRebuild(f"cannot read the calls from {words!r}")
+    text, numbered = said[1].strip(), re.match(r"(\w*?)0\.\.", said[1])
+    blanks = {"one space": " ", "a space": " ", "two spaces": "  ", "three spaces": "   ", "empty": "", "blank": " ", "null": None, "None": None, "a newline": "\n"}
+    if not numbered and text not in blanks and not re.fullmatch(r"(['\"]).*\1", text):
+        raise CannotRebuild(f"cannot read the input from {words!r}")
+    def input_of(i):
+        return f"{numbered[1]}{i}" if numbered else blanks[text] if text in blanks else text[1:-1]
+    return [(f"{name[1]}{i}", input_of(i), answer) for i in range(int(calls[1]))]
+
+
+@handles("encode_few_shot_example")
+def few_shot_example(case):
+    given = case.input
+    exemplars = given.get("examplars", given.get("exemplars"))
+    eos = {"eos": case.options["eos_token"]} if "eos_token" in case.options else {}
+    same(encode_few_shot_example(given["instruction"], exemplars, given["input"], given["output"], **eos), case.output)
+
+
+@handles("convert_*_data")
+def conversion(case):
+    "Raw files written as given, converted with the seed and options of the vector, compared row by row."
+    key = re.fullmatch(r"convert_(\w+)_data", case.word)[1]
+    options = {name: value for name, value in case.options.items() if name in inspect.signature(converters()[key]).parameters}
+    if "b55563782" not in case.commits and case.commits:   # older than the protocol of the paper
+        if "june2023" not in converters()[key].protocols:
+            raise CannotRebuild(f"behaviour of {case.commits}, which the product has no protocol for")
+        options["protocol"] = "june2023"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in case.input["raw_files"].items():
+            path = Path(folder) / "raw" / key / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        report = convert(key, Path(folder) / "raw", folder, seed=case.input.get("seed", 42), **options)
+        for name, rows in case.output["files"].items():
+            same(list(read_jsonl(Path(folder) / key / name)), rows, name)
+            assert [list(row) for row in read_jsonl(Path(folder) / key / name)] == [["dataset", "id", "messages"]] * len(rows)
+        same(report.n_rejected, 0, "rejected records")
+
+
+@handles("mirror_conversations")
+def whole_file(case):
+    rows = list(read_jsonl(converted(case.id)))
+    found = {"rows": len(rows), "sha256": sha256_rows(rows), "first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
+    same(found, {key: case.output[key] for key in found if key in case.output}, f"{MIRROR.name}/{case.id}")
+
+
+@handles("eval.templates.create_prompt_with_tulu_chat_format")
+def evaluation_prompt(case):
+    messages = case.input["messages"] if isinstance(case.input, dict) else case.input
+    extra = {name: value for name, value in case.options.items() if name in ("eos", "bos", "add_bos")}
+    if isinstance(case.output, dict):
+        for add_bos, expected in case.output.items():
+            same(render_eval_chat(messages, **{**extra, "add_bos": add_bos == "True"}), expected, f"add_bos={add_bos}")
+    else:
+        same(render_eval_chat(messages, **extra), case.output)
