@@ -176,6 +176,20 @@ def figures(
     print(f"{len(copied)} files in {os.path.relpath(target)}")
 
 
+@call_parse(pos=["study"])
+def report(
+    study: str = "nano",   # a study of params/studies, or a path to a study file
+):
+    "Print a study's tables, and say where its figures and executed notebooks are."
+    grid = load(study)
+    for name, cell in ((n, c) for n, c in grid.items() if c.stage in ("table", "figure")):
+        state = grid.state(name)
+        print(f"── {name}: {state.word} ({state.reason})")
+        for path in sorted(cell.out_dir.glob("*")) if state.word == "done" else ():
+            if path.suffix == ".md": print("\n" + path.read_text(encoding="utf-8"))
+            elif path.suffix in (".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
+
+
 def _can_import(module: str, seconds: int = 120) -> tuple[bool, str]:
     "Import a package in a process of its own: a broken one may take its process along."
     if importlib.util.find_spec(module) is None: return False, "not installed"
@@ -214,7 +228,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]))
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "doctor": doctor}
 
 
 def main() -> None:

@@ -1,0 +1,161 @@
+"The door to papermill: what it refuses before a kernel starts, what it records, when it runs again."
+import json, os
+
+import pytest
+
+from conftest import notebook
+from tulu_study.core import cells
+from tulu_study.core.cells import CellError, cell_key, check_parameters, code_parts, parameters, read_manifest, run_cell
+
+PARAMS = 'dataset: str = "dolly"  # which dataset\nlimit: int = 0  # conversations, 0 = all\nrate: float = 0.5  # share\nchat: bool = False  # chat format\nout_dir: str = "results/try"  # folder'
+START = "from tulu_study.core.cells import start\nrun = start(globals())"
+
+
+@pytest.fixture
+def made(project):
+    "A run notebook that works."
+    return notebook(project/"nbs"/"runs"/"made.ipynb", PARAMS, START, "answer = limit + 1", "run.finish(answer=answer)")
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    "Fail if a kernel would start."
+    import papermill
+    def refuse(*a, **k): raise AssertionError("a kernel was started")
+    monkeypatch.setattr(papermill, "execute_notebook", refuse)
+
+
+# ------------------------------------------------------------------------------------------- refused before a kernel starts
+@pytest.mark.parametrize("tags, found", [({}, 0), ({0: ["parameters"], 1: ["parameters"]}, 2)])
+def test_needs_exactly_one_parameters_cell(project, no_kernel, tags, found):
+    path = notebook(project/"nbs"/"runs"/"odd.ipynb", PARAMS, "x = 1", tags=tags)
+    with pytest.raises(CellError, match=rf"odd\.ipynb: expected exactly one code cell tagged 'parameters', found {found}"): run_cell(path, {}, project/"out")
+
+
+def test_unknown_and_mistyped_parameters_are_named_together(made, project, no_kernel):
+    with pytest.raises(CellError) as e: run_cell("made", {"limt": 3, "dataset": 7, "chat": 1, "limit": True}, project/"out")
+    said = str(e.value)
+    assert "made.ipynb: unknown parameter 'limt'; did you mean 'limit'?" in said
+    assert "parameter 'dataset' should be str (which dataset), found int 7" in said
+    assert "parameter 'chat' should be bool" in said and "parameter 'limit' should be int" in said
+
+
+def test_types(made):
+    assert check_parameters("made", {"rate": 1})["rate"] == 1
+    for kind, good, bad in [("int | None", [None, 3], ["3", 2.5]), ("list[str]", [["a"]], ["a"]), ("dict", [{}], [[]]), ("float", [1, 1.5], ["1", True])]:
+        assert all(cells._fits(v, kind) for v in good) and not any(cells._fits(v, kind) for v in bad), kind
+
+
+def test_parameters_carry_their_comments(made):
+    assert parameters("made")["limit"].comment == "conversations, 0 = all" and parameters("made")["rate"].type == "float"
+
+
+def test_parameters_cell_holds_literals_only(project):
+    notebook(project/"nbs"/"runs"/"odd.ipynb", "import os\nx = 1")
+    with pytest.raises(CellError, match="may hold only"): parameters("odd")
+    notebook(project/"nbs"/"runs"/"odd.ipynb", "x = max(1, 2)")
+    with pytest.raises(CellError, match="not a literal"): parameters("odd")
+
+
+def test_missing_notebook_names_those_there_are(made):
+    with pytest.raises(CellError, match="or one of made"): run_cell("mad", {}, "out")
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+def test_runs_once_and_records(made, project):
+    manifest = run_cell("made", {"limit": 4}, project/"out")
+    assert json.loads((project/"out"/"result.json").read_text())["answer"] == 5
+    assert manifest["parameters"]["limit"] == 4 and manifest["parameters"]["dataset"] == "dolly"
+    assert manifest["versions"]["papermill"] and manifest["hardware"]["cores"] and manifest["seconds"] > 0 and "result.json" in manifest["outputs"]
+    assert read_manifest(project/"out") == manifest
+    stamp = (project/"out"/"made.ipynb").stat().st_mtime_ns
+    assert run_cell("made", {"limit": 4}, project/"out") == manifest
+    assert (project/"out"/"made.ipynb").stat().st_mtime_ns == stamp
+    assert run_cell("made", {"limit": 5}, project/"out")["key"] != manifest["key"]
+
+
+def test_failure_is_recorded_with_its_notebook(project):
+    notebook(project/"nbs"/"runs"/"bad.ipynb", PARAMS, START, "raise ValueError('row 7 of dolly has no response')")
+    with pytest.raises(CellError, match="row 7 of dolly"): run_cell("bad", {}, project/"out")
+    failed = json.loads((project/"out"/"failed.json").read_text())
+    assert failed["error"] == "ValueError: row 7 of dolly has no response" and failed["notebook"].endswith("bad.ipynb")
+    assert (project/"out"/"bad.ipynb").exists() and read_manifest(project/"out") is None
+
+
+def test_parameters_changed_inside_the_notebook_are_found_out(project):
+    notebook(project/"nbs"/"runs"/"sly.ipynb", PARAMS, "limit = 99", START, "run.finish()")
+    with pytest.raises(CellError, match="limit: asked 4, the notebook used 99"): run_cell("sly", {"limit": 4}, project/"out")
+
+
+def test_a_notebook_without_result_is_no_cell(project):
+    notebook(project/"nbs"/"runs"/"mute.ipynb", PARAMS, START)
+    with pytest.raises(CellError, match="without writing result.json"): run_cell("mute", {}, project/"out")
+
+
+def test_lost_or_cut_outputs_run_again(made, project):
+    run_cell("made", {}, project/"out")
+    (project/"out"/"result.json").write_text("{")
+    assert cells.missing_outputs(project/"out", read_manifest(project/"out")) == ["result.json"]
+    run_cell("made", {}, project/"out")
+    assert cells.missing_outputs(project/"out", read_manifest(project/"out")) == []
+
+
+def test_same_key_continues_other_key_starts_anew(made, project):
+    notebook(project/"nbs"/"runs"/"grow.ipynb", PARAMS, START, "done = run.out_dir/'part.txt'\nseen = done.exists()\ndone.write_text('x')\nif not seen and limit == 0: raise SystemError('cut off')", "run.finish(seen=seen)")
+    with pytest.raises(CellError): run_cell("grow", {}, project/"out")
+    assert json.loads((project/"out"/"attempt.json").read_text())["key"]
+    run_cell("grow", {}, project/"out")
+    assert json.loads((project/"out"/"result.json").read_text())["seen"] is True
+    run_cell("grow", {"limit": 1}, project/"out")
+    assert json.loads((project/"out"/"result.json").read_text())["seen"] is False
+
+
+def test_a_folder_of_somebody_else_is_not_cleared(made, project):
+    (project/"out").mkdir()
+    (project/"out"/"thesis.tex").write_text("precious")
+    with pytest.raises(CellError, match="thesis.tex"): run_cell("made", {}, project/"out")
+    assert (project/"out"/"thesis.tex").read_text() == "precious"
+
+
+def test_two_processes_do_not_write_one_cell(made, project):
+    with cells._only_one(project/"out"):
+        with pytest.raises(CellError, match=f"is being written by process {os.getpid()}"): run_cell("made", {}, project/"out")
+
+
+def test_torn_manifest_counts_as_none(made, project):
+    run_cell("made", {}, project/"out")
+    whole = (project/"out"/"manifest.json").read_text()
+    (project/"out"/"manifest.json").write_text(whole[:100])
+    assert read_manifest(project/"out") is None
+
+
+# --------------------------------------------------------------------------------------------------------------- keys
+def key(path): return cell_key(path, check_parameters(path, {}))
+
+
+def test_prose_comments_docstrings_and_outputs_do_not_move_the_key(made, project):
+    before = key(made)
+    notebook(made, PARAMS + "  # more words", START, "#md A new page of prose", "# a comment\nanswer = limit + 1\n\n", "run.finish(answer=answer)  # done", tags={0: ["parameters"]})
+    assert key(made) == before
+
+
+def test_code_moves_the_key(made):
+    before = key(made)
+    notebook(made, PARAMS, START, "answer = limit + 2", "run.finish(answer=answer)")
+    assert key(made) != before
+
+
+def test_places_do_not_move_the_key_but_science_does(project):
+    path = notebook(project/"nbs"/"runs"/"p.ipynb", 'source_root: str = ""\ndata_file: str = ""\nseed: int = 42\nout_dir: str = ""', "1")
+    base = cell_key(path, check_parameters(path, {}))
+    assert cell_key(path, check_parameters(path, {"source_root": "/elsewhere", "data_file": "/x.jsonl", "out_dir": "/y"})) == base
+    assert cell_key(path, check_parameters(path, {"seed": 43})) != base
+    assert cell_key(path, check_parameters(path, {}), {"needs": {"world": "abc"}}) != base
+
+
+def test_modules_are_followed(project):
+    path = notebook(project/"nbs"/"runs"/"m.ipynb", 'dataset: str = "dolly"\nout_dir: str = ""', "def f():\n    from tulu_study.data import convert")
+    parts = code_parts(path, {"dataset": "dolly"})
+    assert {"notebook", "tulu_study.data", "tulu_study.data.conversion", "tulu_study.core.files", "tulu_study.data.dolly"} <= set(parts)
+    assert "tulu_study.data.cot" not in parts and "tulu_study.cli" not in parts
+    assert "tulu_study.data.cot" in code_parts(path, {"dataset": "cot"})
