@@ -1,0 +1,114 @@
+"The grid: which cells a study has, and which of them an edit touches."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+KEYS = "import json, sys; from tulu_study.core import grid; print(json.dumps({n: c.key for n, c in grid.load(sys.argv[1]).items()}))"
+
+
+@pytest.fixture
+def house(tmp_path):
+    "A copy of library, params and run notebooks that may be edited."
+    for name in ("tulu_study", "params", "nbs/runs"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT/"settings.ini", tmp_path)
+    return tmp_path
+
+
+def keys(house, study="nano"):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"PYTHONPATH": str(house), "TULU_ROOT": str(house), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", KEYS, study], capture_output=True, text=True, cwd=house, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def moved(before, after): return {n for n in before if before[n] != after[n]}
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text, f"{path.name} has no {old!r}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def add_code(path): path.write_text(path.read_text() + "\n_edited = 1\n")
+
+
+def test_nano_has_every_stage(house):
+    names = set(keys(house))
+    assert {"world", "convert-dolly", "convert-cot", "convert-oasst1", "mix-nano_mix", "pretrain-nano-llama-s", "finetune-7B-dolly", "evaluate-7B-vanilla", "table-table1"} <= names
+    assert "finetune-7B-vanilla" not in names
+
+
+def test_prose_docstrings_and_comments_move_nothing(house):
+    before = keys(house)
+    for path in (house/"nbs"/"runs").glob("*.ipynb"):
+        nb = json.loads(path.read_text())
+        for c in nb["cells"]: c["source"] = "".join(c["source"]) + ("\n\nMore prose." if c["cell_type"] == "markdown" else "\n# a comment")
+        path.write_text(json.dumps(nb))
+    for path in (house/"tulu_study").rglob("*.py"):
+        if not path.read_text().lstrip().startswith(('"""', "'")): path.write_text('"A docstring."\n' + path.read_text())
+        path.write_text("# a comment\n" + path.read_text())
+    assert moved(before, keys(house)) == set()
+
+
+def test_a_converter_edit_moves_its_dataset_and_what_follows(house):
+    before = keys(house)
+    add_code(house/"tulu_study"/"data"/"dolly.py")
+    got = moved(before, keys(house))
+    assert {n for n in before if "dolly" in n or "nano_mix" in n or n.startswith(("table", "figure"))} == got
+
+
+def test_an_evaluation_edit_leaves_data_and_training(house):
+    before = keys(house)
+    add_code(house/"tulu_study"/"evaluation"/"gsm.py")
+    got = moved(before, keys(house))
+    assert got and all(n.startswith(("evaluate", "table-table3", "figure")) for n in got) and {n for n in before if n.startswith("evaluate")} <= got
+
+
+def test_the_trainer_process_counts_though_no_notebook_imports_it(house):
+    before = keys(house)
+    add_code(house/"tulu_study"/"training"/"finetune.py")
+    got = moved(before, keys(house))
+    assert {n for n in before if n.startswith("finetune")} <= got and not any(n.startswith(("convert", "pretrain", "world", "mix")) for n in got)
+
+
+def test_a_run_notebook_edit_moves_its_stage(house):
+    before = keys(house)
+    path = house/"nbs"/"runs"/"table1.ipynb"
+    nb = json.loads(path.read_text())
+    nb["cells"].insert(-1, {"cell_type": "code", "id": "edited", "metadata": {}, "source": "edited = 1", "outputs": [], "execution_count": None})
+    path.write_text(json.dumps(nb))
+    assert moved(before, keys(house)) == {"table-table1"}
+
+
+def test_a_parameter_edit_moves_what_depends_on_it(house):
+    before = keys(house)
+    study = house/"params"/"studies"/"nano.yaml"
+    study.write_text(re.sub(r"learning_rate: [\d.e-]+", "learning_rate: 1.0e-3", study.read_text(), count=1))
+    got = moved(before, keys(house))
+    assert {n for n in before if n.startswith("finetune")} <= got and "evaluate-7B-vanilla" not in got and "table-table1" not in got
+
+
+def test_a_registry_record_counts(house):
+    before = keys(house)
+    edit(house/"params"/"models.yaml", "nano-llama-s:", "nano-llama-s:\n    note: edited") if "note:" not in (house/"params"/"models.yaml").read_text().split("nano-llama-m")[0].split("nano-llama-s:")[1] else edit(house/"params"/"models.yaml", "note:", "note: edited")
+    got = moved(before, keys(house))
+    assert "pretrain-nano-llama-s" in got and "pretrain-nano-llama-m" not in got
+
+
+def test_raw_files_count_by_content_and_not_by_time(house, tmp_path):
+    "With a sources root of the site's, a changed raw file moves its dataset; a touched one moves nothing."
+    root = tmp_path/"raw"
+    for folder, name in (("dolly", "databricks-dolly-15k.jsonl"), ("cot", "cot_zsopt.jsonl"), ("cot", "cot_fsopt.jsonl")):
+        (root/folder).mkdir(parents=True, exist_ok=True)
+        (root/folder/name).write_text('{"a": 1}\n')
+    edit(house/"settings.ini", "sources =", f"sources = {root}")
+    before = keys(house, "mini")
+    os.utime(root/"dolly"/"databricks-dolly-15k.jsonl")
+    assert moved(before, keys(house, "mini")) == set()
+    (root/"dolly"/"databricks-dolly-15k.jsonl").write_text('{"a": 2}\n')
+    got = moved(before, keys(house, "mini"))
+    assert "convert-dolly" in got and "finetune-13B-dolly" in got and "convert-cot" not in got and "base_model-smollm2-135m" not in got
