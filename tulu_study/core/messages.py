@@ -9,10 +9,10 @@ __all__ = ['ROLES', 'CHAT_TEMPLATE', 'COLOURS', 'check_messages', 'render_chat',
 import html
 from dataclasses import asdict, dataclass
 
-# %% ../../nbs/core/02_messages.ipynb #6e46a696
+# %% ../../nbs/core/02_messages.ipynb #3ad1a037
 ROLES = ("system", "user", "assistant")  # every role that the chat format knows
 
-
+# %% ../../nbs/core/02_messages.ipynb #47ff473a
 def _message_problem(
     index: int,  # position in the conversation, for the sentence
     message,  # should be {role, content}
@@ -27,7 +27,19 @@ def _message_problem(
         return f"message {index}: found content of type {type(content).__name__}, expected text"
     return ""
 
-# %% ../../nbs/core/02_messages.ipynb #d0a4d079
+# %% ../../nbs/core/02_messages.ipynb #a3b710a3
+def _order_problems(
+    roles: list,  # known roles, at least one
+) -> list[str]:  # one sentence for each that is out of turn
+    "Judge the order of a conversation's speakers."
+    start, problems = int(roles[0] == "system"), []
+    for i, role in enumerate(roles[start:], start):
+        expected = "user" if (i - start) % 2 == 0 else "assistant"
+        if role != expected:
+            problems.append(f"message {i}: found {role}, expected {expected} (they take turns, system only at the start)")
+    return problems + (["the last message is not the assistant's"] if roles[-1] != "assistant" else [])
+
+# %% ../../nbs/core/02_messages.ipynb #0d2b007f
 def check_messages(
     messages,  # list of {role, content}
 ) -> list[str]:  # one sentence for each problem; empty when the conversation is sound
@@ -37,15 +49,7 @@ def check_messages(
     if not messages:
         return ["messages field is empty"]
     problems = [problem for i, message in enumerate(messages) if (problem := _message_problem(i, message))]
-    if problems:
-        return problems
-    roles = [message["role"] for message in messages]
-    start = int(roles[0] == "system")
-    for i, role in enumerate(roles[start:], start):
-        expected = "user" if (i - start) % 2 == 0 else "assistant"
-        if role != expected:
-            problems.append(f"message {i}: found {role}, expected {expected} (they take turns, system only at the start)")
-    return problems + (["the last message is not the assistant's"] if roles[-1] != "assistant" else [])
+    return problems or _order_problems([message["role"] for message in messages])
 
 # %% ../../nbs/core/02_messages.ipynb #447bb48f
 def render_chat(
@@ -93,10 +97,10 @@ CHAT_TEMPLATE = (
     "{{- chat.text ~ '<|assistant|>\\n' if add_generation_prompt else chat.text.strip() -}}"
 )
 
-# %% ../../nbs/core/02_messages.ipynb #0c0c40cf
+# %% ../../nbs/core/02_messages.ipynb #289604dd
 COLOURS = {"system": "#8c8c8c", "user": "#3b6fb6", "assistant": "#3a8a4d"}  # left edge of a message's block
 
-
+# %% ../../nbs/core/02_messages.ipynb #1a6c388e
 @dataclass
 class Conversation:
     "One row of a conversation file: {dataset, id, messages}."

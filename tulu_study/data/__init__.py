@@ -1,5 +1,4 @@
 "The paper's instruction datasets as conversations: templates, converters, mixes."
 from tulu_study.data.conversion import DatasetError, Report, convert, converter, converters, require_accepted
-from tulu_study.data.mixes import mix_datasets
 
-__all__ = ["DatasetError", "Report", "convert", "converter", "converters", "mix_datasets", "require_accepted"]
+__all__ = ["DatasetError", "Report", "convert", "converter", "converters", "require_accepted"]

@@ -11,7 +11,7 @@ from functools import partial
 from .conversion import converter, sampled
 from .reading import BadRecord, text_of
 
-# %% ../../nbs/data/05_oasst1.ipynb #d0431403
+# %% ../../nbs/data/05_oasst1.ipynb #3dec3a31
 ROLE_OF = {"prompter": "user", "assistant": "assistant"}  # Open Assistant's word -> ours
 
 
@@ -22,7 +22,7 @@ def _quality(node) -> float:
     value = quality.get("value") if isinstance(quality, dict) else None
     return value if isinstance(value, (int, float)) else 0.0
 
-
+# %% ../../nbs/data/05_oasst1.ipynb #bf2eb66d
 def _children(
     node: dict,  # a message
     top_k: int | None,  # best-rated replies to keep, None = all in file order
@@ -53,7 +53,7 @@ def paths_below(
     for child in children:
         yield from paths_below(child, path, top_k, june2023)
 
-# %% ../../nbs/data/05_oasst1.ipynb #69e3d102
+# %% ../../nbs/data/05_oasst1.ipynb #411e8c16
 def read_tree(
     tree,  # {message_tree_id, tree_state, prompt}
     top_k: int | None = None,
@@ -64,12 +64,10 @@ def read_tree(
         raise BadRecord("not_an_object", f"found {type(tree).__name__}, expected a tree with 'prompt'")
     if "prompt" not in tree:
         raise BadRecord("missing_key", f"found keys {sorted(map(str, tree))[:12]}, expected 'prompt' among them")
-    root = tree["prompt"]
-    if isinstance(root, dict) and root.get("deleted") and not june2023:
-        return []
-    return list(paths_below(root, [], top_k, june2023))
+    deleted = isinstance(tree["prompt"], dict) and tree["prompt"].get("deleted") and not june2023
+    return [] if deleted else list(paths_below(tree["prompt"], [], top_k, june2023))
 
-
+# %% ../../nbs/data/05_oasst1.ipynb #0fe2faf6
 @converter("oasst1", protocols=("paper", "fixed", "june2023"))
 def convert_oasst1(
     raw,  # the raw file of trees
@@ -82,5 +80,4 @@ def convert_oasst1(
 ):  # yields (number, messages)
     "Yield every path from a root to a leaf answer (spec: datasets, section 3.5)."
     read = partial(read_tree, top_k=top_k_reply, june2023=june2023 or protocol == "june2023")
-    trees = sampled(raw.items(raw.files[0], read), num_examples, rng)
-    yield from enumerate(path for paths in trees for path in paths)
+    yield from enumerate(path for paths in sampled(raw.items(raw.files[0], read), num_examples, rng) for path in paths)

@@ -6,14 +6,12 @@
 __all__ = ['RAW_CHARACTERS', 'RawRecord', 'BadRecord', 'parse_line', 'open_raw', 'read_lines', 'read_items', 'read_records',
            'text_of']
 
-# %% ../../nbs/data/01_reading.ipynb #7f4c99fb
-import gzip
-import json
-import zlib
+# %% ../../nbs/data/01_reading.ipynb #d63d8688
+import gzip, json, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../../nbs/data/01_reading.ipynb #6d613258
+# %% ../../nbs/data/01_reading.ipynb #e8ad0714
 RAW_CHARACTERS = 500  # how much of a rejected record is kept
 
 
@@ -27,7 +25,7 @@ class RawRecord:
     detail: str = ""  # what was found and what was expected
     raw: str = ""  # the record's text, shortened
 
-
+# %% ../../nbs/data/01_reading.ipynb #8c80a964
 class BadRecord(ValueError):
     "Raised by a converter for one record that it cannot use: `BadRecord(reason, detail)`."
 
@@ -35,14 +33,14 @@ class BadRecord(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
-# %% ../../nbs/data/01_reading.ipynb #7d5a2ec0
+# %% ../../nbs/data/01_reading.ipynb #1d0a0335
 def _shorten(data) -> str:
     "The kept part of a record: text, or bytes with the undecodable ones escaped."
     if isinstance(data, bytes):
         data = data[: 4 * RAW_CHARACTERS].decode("utf-8", errors="backslashreplace")
     return data.rstrip("\r\n")[:RAW_CHARACTERS]
 
-
+# %% ../../nbs/data/01_reading.ipynb #e556dde1
 def parse_line(
     line: bytes,  # one line with or without its line end
     file: str,  # for the record's position
@@ -62,7 +60,7 @@ def parse_line(
     except ValueError as error:
         return bad("malformed_json", error)
 
-# %% ../../nbs/data/01_reading.ipynb #0462958b
+# %% ../../nbs/data/01_reading.ipynb #74c5f336
 def open_raw(
     path: str | Path,  # plain or gzip, whatever its name says
 ):  # binary stream of the uncompressed content
@@ -71,7 +69,7 @@ def open_raw(
         packed = stream.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if packed else open(path, "rb")
 
-
+# %% ../../nbs/data/01_reading.ipynb #57d5213e
 def read_lines(
     path: str | Path,  # a JSON-lines file, plain or gzip
     file: str = "",  # name for the records' positions, default the file's own
@@ -91,14 +89,14 @@ def read_lines(
                 return
             yield parse_line(line, file, row)
 
-# %% ../../nbs/data/01_reading.ipynb #6732d7e7
+# %% ../../nbs/data/01_reading.ipynb #e9ddd875
 def _skip(text: str, place: int) -> int:
     "The next place that holds no white space."
     while text[place : place + 1] in (" ", "\n", "\r", "\t"):
         place += 1
     return place
 
-
+# %% ../../nbs/data/01_reading.ipynb #caa8ca5c
 def _items(
     text: str,  # a JSON list, or one JSON value
 ):  # yields (value, its text, shortened); ValueError at the first malformed place
@@ -119,7 +117,7 @@ def _items(
     if rest := text[place + many :].strip():
         raise ValueError(f"expected the end of the file, found {rest[:20]!r}")
 
-# %% ../../nbs/data/01_reading.ipynb #cd7694c0
+# %% ../../nbs/data/01_reading.ipynb #4084a296
 def read_items(
     path: str | Path,  # a JSON file that holds a list, or one object; plain or gzip
     file: str = "",  # name for the records' positions, default the file's own
@@ -141,7 +139,7 @@ def read_items(
     except ValueError as error:
         yield RawRecord(file, row, reason="malformed_json", detail=f"{error}; nothing after it can be read")
 
-
+# %% ../../nbs/data/01_reading.ipynb #db4adfa3
 def read_records(
     path: str | Path,  # a raw file
     file: str = "",  # name for the records' positions

@@ -9,10 +9,11 @@ __all__ = ['Template', 'COMPLETES', 'WITH_INPUT', 'WITHOUT_INPUT', 'encode_instr
 # %% ../../nbs/data/00_templates.ipynb #f53dd916
 from collections import namedtuple
 
-# %% ../../nbs/data/00_templates.ipynb #e8d82212
+# %% ../../nbs/data/00_templates.ipynb #ce145943
 Template = namedtuple("Template", "weight prompt completion", defaults=["{output}"])
 COMPLETES = " completes the request.\n\n### Instruction:\n{instruction}\n\n### "  # the end of the Alpaca texts
 
+# %% ../../nbs/data/00_templates.ipynb #a1cfcd8a
 WITH_INPUT = (
     Template(0.20, "{instruction}\n\n{input}\n\n"),
     Template(0.10, "{instruction}\n{input}\n\n"),
@@ -65,7 +66,7 @@ def encode_instruction_example(
     pieces = {"instruction": instruction.strip(), "input": input.strip() if has_input else "", "output": output.strip()}
     return {"prompt": template.prompt.format(**pieces), "completion": template.completion.format(**pieces) + eos}
 
-# %% ../../nbs/data/00_templates.ipynb #e1e3088a
+# %% ../../nbs/data/00_templates.ipynb #0937dde0
 def encode_few_shot_example(
     instruction: str,  # what to do
     exemplars: list,  # demonstrations [{"input", "output"}], in order
@@ -74,10 +75,8 @@ def encode_few_shot_example(
     eos: str = "",  # appended to the completion
 ) -> dict:  # {"prompt", "completion"}
     "Lay out one example with demonstrations; draws nothing (spec: datasets, section 2.3)."
-    prompt = instruction.strip() + "\n\n"
-    for shown in exemplars:
-        prompt += f"Input:\n{shown['input'].strip()}\nOutput:\n{shown['output'].strip()}\n\n"
-    return {"prompt": f"{prompt}Input:\n{input.strip()}\nOutput:\n", "completion": output.strip() + eos}
+    shown = "".join(f"Input:\n{pair['input'].strip()}\nOutput:\n{pair['output'].strip()}\n\n" for pair in exemplars)
+    return {"prompt": f"{instruction.strip()}\n\n{shown}Input:\n{input.strip()}\nOutput:\n", "completion": output.strip() + eos}
 
 # %% ../../nbs/data/00_templates.ipynb #99bbf1b1
 def as_messages(
