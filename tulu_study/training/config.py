@@ -1,0 +1,82 @@
+"What one fine-tuning needs to know: checked before anything starts, handed to every rank as a JSON file."
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+PLACES = ("base_dir", "data_file", "out_dir", "threads")   # where and how fast, not what: no part of the result
+
+MARK = "tulu_study:"   # begins every line of a rank that the launcher shows
+
+
+class TrainingError(RuntimeError):
+    "A fine-tuning that cannot start or did not end well; says what was found and which setting to change."
+
+
+@dataclass
+class FinetuneConfig:
+    "Settings of one fine-tuning. The defaults are the paper's for 7B and 13B (spec: training, sections 7 and 14)."
+    base_dir: str                        # Hugging Face folder of the base model
+    data_file: str                       # conversations, JSON lines of {dataset, id, messages}
+    out_dir: str                         # where the checkpoint is saved
+    family: str = "llama"                # llama, gpt_neox or opt: decides the special tokens
+    model: str = ""                      # name of the checkpoint, e.g. "13B-dolly"
+    base: str = ""                       # key of the base model in params/models.yaml
+    data: str = ""                       # key of the dataset or mix
+    size: str = ""                       # row or column of the tables that it fills
+    limit: int = 0                       # conversations per dataset, 0 = all
+    epochs: float = 2                    # passes over the data
+    learning_rate: float = 2e-5          # peak
+    warmup_ratio: float = 0.03           # share of the steps with rising rate
+    schedule: str = "linear"             # see training.schedule.KINDS
+    weight_decay: float = 0.0
+    max_seq_length: int = 2048           # tokens
+    batch_size: int = 128                # conversations per optimiser step, over all ranks
+    micro_batch_size: int = 2            # conversations per rank and forward pass
+    zero_stage: int = 2                  # DeepSpeed ZeRO: 0, 1, 2 or 3
+    ranks: int = 1                       # processes, one per GPU
+    precision: str = "bf16"              # bf16 (with float32 master weights) or fp32
+    gradient_checkpointing: bool = False # recompute activations: less memory, about a third slower
+    # token: every supervised token of an optimiser step weighs the same, however the step is split into micro-batches.
+    # microbatch: the reference's mean of micro-batch means, in which the split changes the result (spec: training, section 6).
+    loss: str = "token"
+    protocol: str = "paper"              # paper or fixed: how a new embedding row is filled
+    seed: int = 42                       # of sampling, order, dropout and new embedding rows
+    threads: int = 1                     # compute threads per rank
+
+    def __post_init__(self):
+        problems = list(self.problems())
+        if problems: raise TrainingError("These training settings do not work:\n" + "\n".join(f"- {p}" for p in problems))
+
+    def problems(self):
+        "Say everything that is wrong with the settings, one sentence each."
+        known = {"family": ("llama", "gpt_neox", "opt"), "precision": ("bf16", "fp32"), "loss": ("token", "microbatch"),
+                 "protocol": ("paper", "fixed"), "zero_stage": (0, 1, 2, 3)}
+        for name, allowed in known.items():
+            if getattr(self, name) not in allowed: yield f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}"
+        for name in ("batch_size", "micro_batch_size", "ranks", "threads", "epochs", "learning_rate", "max_seq_length"):
+            if not getattr(self, name) > 0: yield f"{name}: found {getattr(self, name)!r}, expected more than 0"
+        if self.limit < 0: yield f"limit: found {self.limit}, expected 0 (all) or a number of conversations"
+        together = self.micro_batch_size * self.ranks
+        if together > 0 and self.batch_size % together:
+            below, above = self.batch_size // together * together, -(-self.batch_size // together) * together
+            yield (f"batch_size: found {self.batch_size}, expected a multiple of micro_batch_size {self.micro_batch_size} x ranks {self.ranks} = {together}: "
+                   f"take {' or '.join(str(n) for n in (below, above) if n)}, or another micro_batch_size")
+
+    @property
+    def accumulation(self) -> int:  # micro-batches per rank and optimiser step
+        return self.batch_size // (self.micro_batch_size * self.ranks)
+
+    def science(self) -> dict:  # everything that may change the result
+        return {name: value for name, value in asdict(self).items() if name not in PLACES}
+
+    def save(self, path: str | Path) -> Path:
+        Path(path).write_text(json.dumps(asdict(self), indent=1))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FinetuneConfig":
+        return cls(**json.loads(Path(path).read_text()))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:  # of all settings
+        return tuple(field.name for field in fields(cls))
