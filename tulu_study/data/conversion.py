@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONVERTERS', 'LIMITS', 'DatasetError', 'converter', 'converters', 'find_converter', 'dataset_record', 'Raw',
            'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'count_tokens', 'token_lengths',
-           'named_tokenizer', 'convert', 'require_accepted']
+           'named_tokenizer', 'convert', 'require_accepted', 'two_samples']
 
 # %% ../../nbs/data/02_conversion.ipynb #d41a9cf9
 import importlib.util, inspect, json, pkgutil, random
@@ -70,7 +70,7 @@ def dataset_record(
                            f"{', '.join(converters())}. Add one: a notebook in nbs/data with a function under @converter({record.key!r})")
     return record
 
-# %% ../../nbs/data/02_conversion.ipynb #bb84bf55
+# %% ../../nbs/data/02_conversion.ipynb #0515ee33
 @dataclass
 class Raw:
     "The raw files of one dataset, and the account of what was read from them."
@@ -87,7 +87,7 @@ class Raw:
 
     def items(self, file: str, read):
         "Yield `read(value)` of every record of a file that can be read; account for the others."
-        for raw in tqdm(read_records(self.paths[file], file), desc=f"{self.record.key}: {file}", unit=" records", leave=False, mininterval=1):
+        for raw in tqdm(read_records(self.paths[file], file), desc=f"{self.record.key}: {file}", unit=" records", leave=False):
             self.n_in += 1
             if problem := _problem(raw, read):
                 self.rejects.append(_reject(self.record.key, raw, *problem))
@@ -324,3 +324,14 @@ def require_accepted(
                            "Look at rejects.jsonl beside the data file; repair the raw files, or raise data.max_rejected in the study")
     if report.n_in == 0 or report.n_out == 0:
         raise DatasetError(f"{report.key}: no conversation came out of {report.n_in:,} raw records ({why or 'none was rejected'}); look at {', '.join(report.files)}")
+
+# %% ../../nbs/data/02_conversion.ipynb #b9955f03
+def two_samples(
+    path: str | Path,  # a conversation file
+    n: int,  # rows in it
+    seed: int = 42,  # which two
+) -> list:  # at most two rows {dataset, id, messages}
+    "Draw one row of each half of a conversation file."
+    rng = random.Random(seed)
+    wanted = {rng.randrange(0, (n + 1) // 2), rng.randrange(n // 2, n)} if n else set()
+    return [row for i, row in enumerate(read_jsonl(path)) if i in wanted]
