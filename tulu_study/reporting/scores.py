@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['NEEDED', 'CELL_FIELDS', 'DIFFERENT_BASE', 'ResultsError', 'read_score', 'read_example_scores', 'compare',
            'row_labels', 'settings_of', 'further_columns', 'reason', 'published_cell', 'grid_cell', 'grid',
-           'study_facts', 'same_base', 'base_names', 'base_facts']
+           'study_record', 'study_facts', 'same_base', 'base_names', 'base_facts']
 
-# %% ../../nbs/reporting/00a_scores.ipynb #bd4247d9
+# %% ../../nbs/reporting/00a_scores.ipynb #f33778eb
 import json
 from pathlib import Path
 
 from ..core.files import read_jsonl
-from ..core.params import benchmarks as benchmark_records, datasets, load_study, mixes, models
+from ..core.params import benchmarks as benchmark_records, datasets, load_study, mixes, models, params_dir
 from ..core.stats import Interval, paired_difference
 from .published import Cell, Column, published, table_columns, table_rows
 
@@ -125,11 +125,15 @@ def grid(study: str,           # the study's name
             found.append(grid_cell(key, column, score, change, published_cell(key, column, size)) | {"study": study, "size": size, "label": label, "in_paper": key in paper, "why": reason(key, column, rows, benchmarks, score)})
     return found
 
-# %% ../../nbs/reporting/00a_scores.ipynb #d2222b8d
+# %% ../../nbs/reporting/00a_scores.ipynb #d5f6b03a
+def study_record(study: str):
+    "The study file of that name, None where `params/studies` has none; a study file with mistakes raises ParamsError."
+    return load_study(study) if (params_dir() / "studies" / f"{study}.yaml").is_file() else None
+
 def study_facts(study: str) -> list[str]:
     "What the study file says about its data; empty for a study that is not in `params/studies`."
-    try: record = load_study(study)
-    except ValueError: return []
+    record = study_record(study)
+    if record is None: return []
     facts = [record.title]
     if record.world: facts.append("The data are an invented world, written in the sources' raw formats; no score here is about the real datasets")
     if record.data.limit: facts.append(f"Fine-tuned on at most {record.data.limit:,} conversations of each dataset")

@@ -9,15 +9,15 @@ __all__ = ['TABLE1_FIELDS', 'MEASURES', 'PUBLISHED_FIELDS', 'escape', 'markdown_
            'table1_cell', 'table1_head', 'table1_markdown', 'write_table', 'write_table1', 'write_table3',
            'published_tables']
 
-# %% ../../nbs/reporting/01_tables.ipynb #ed674a2a
+# %% ../../nbs/reporting/01_tables.ipynb #b1bf1c69
 import csv, html, io, json, math, statistics
 from pathlib import Path
 
 from ..core.files import write_atomic
-from ..core.params import benchmarks as benchmark_records, load_study
+from ..core.params import benchmarks as benchmark_records
 from ..core.stats import minimum_detectable
 from .published import LEGEND, published, table_columns, table_rows
-from .scores import CELL_FIELDS, base_facts, grid, row_labels, settings_of, study_facts
+from .scores import CELL_FIELDS, base_facts, grid, row_labels, study_facts, study_record
 
 # %% ../../nbs/reporting/01_tables.ipynb #8c051aeb
 def escape(text) -> str:
@@ -213,7 +213,7 @@ def table1(study: str,         # the study's name
                           "published_source": cell and cell.source, "difference": value - cell.number if comparable else None, "tokenizer": tokenizer, **{name: report and report.get(name) for name in ("n_in", "n_rejected", "protocol")}})
     return found
 
-# %% ../../nbs/reporting/01_tables.ipynb #4c2755da
+# %% ../../nbs/reporting/01_tables.ipynb #6a173ddd
 def table1_cell(row: dict) -> str:
     "Ours, the paper's and the difference of one cell, in Markdown."
     digits = MEASURES[row["measure"]][1]
@@ -225,8 +225,7 @@ def table1_head(rows: list[dict], # records of `table1`
                 ) -> list[str]:
     "The lines above Table 1."
     study = rows[0]["study"]
-    try: world = bool(load_study(study).world)
-    except ValueError: world = False
+    world = bool(record.world) if (record := study_record(study)) else False
     lines = [f"Study `{study}`"] + ["The data are **an invented world**, written in the sources' raw formats; its counts and lengths are not the real datasets'"] * world
     short = [f"{row['label']} {row['value']:,} of {row['published']:,.0f}" for row in rows if row["measure"] == "n_instances" and row["value"] is not None and row["published"] and row["value"] < 0.9 * row["published"]]
     return lines + ([f"**A sample, not the whole**: the raw files gave fewer instances than the paper counts for {escape('; '.join(short))}"] if short and not world else [])
