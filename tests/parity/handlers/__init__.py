@@ -45,7 +45,7 @@ NOT_YET = {
     "eval.bbh.*": "evaluation", "eval.tydiqa.*": "evaluation", "eval.codex_humaneval.*": "evaluation",
     "codex_humaneval.*": "evaluation", "eval.mgsm.*": "evaluation", "eval.truthfulqa.*": "evaluation",
     "format_end2end_prompt": "evaluation", "split_multi_answer": "evaluation", "trim_answer": "evaluation",
-    "MC_calcs": "evaluation", "eval.toxigen.*": "evaluation",
+    "MC_calcs": "evaluation", "eval.toxigen.*": "evaluation", "eval.utils.score_completions": "evaluation",
     # other stages
     "eval.alpaca_farm.*": "judging", "human_eval/*": "human", "scripts/weight_diff.py": "training",
 }

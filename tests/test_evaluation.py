@@ -1,0 +1,239 @@
+"""The engines and the runner: agreement, resumption, errors, fallback. A random model of 0.1 M parameters stands for the checkpoint."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tulu_study.core.files import write_atomic, write_jsonl
+from tulu_study.evaluation import engines
+from tulu_study.evaluation.runner import checkpoint_hash, evaluate, read_predictions
+
+WORDS = "the a cat dog sat ran on under red blue mat tree and then it was happy sad big small house ball play said".split()
+MODEL = {"model": "tiny-none", "base_model": "tiny", "training_data": "none", "size": "tiny"}
+BENCHMARKS = {"gsm": {"settings": ["direct"], "n": 12}, "mmlu": {"settings": ["0shot"], "per_group": 3}}
+OPTIONS = {"engine": "transformers", "chunk_size": 5, "max_length": 448}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    "A random LLaMA with head size 32 (the smallest that vLLM's CPU attention takes) and a byte-level tokenizer that adds one BOS."
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                                         num_key_value_heads=1, head_dim=32, max_position_embeddings=512, bos_token_id=0, eos_token_id=1))
+    with torch.no_grad():
+        for weight in model.parameters(): weight.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    "GSM and MMLU in their raw schemas, invented."
+    root = tmp_path_factory.mktemp("sources")
+    write_jsonl(root / "gsm8k" / "test.jsonl", [{"question": f"The cat sat {i} times and ran {i + 1} times?", "answer": f"#### {2 * i + 1}"} for i in range(30)])
+    write_atomic(root / "gsm8k" / "cot_exemplars.json", json.dumps([{"question": f"{i} dogs?", "cot_answer": f"So the answer is {i}.", "short_answer": str(i)} for i in range(1, 9)]))
+    for subject in ("astronomy", "marketing"):
+        for split in ("dev", "test"):
+            write_atomic(root / "mmlu" / split / f"{subject}_{split}.csv", "".join(f"Which cat {i}?,red,blue,big,small,{'ABCD'[i % 4]}\n" for i in range(6)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, sources, tmp_path_factory):
+    "An uninterrupted run."
+    out = tmp_path_factory.mktemp("whole")
+    report = evaluate(MODEL, BENCHMARKS, checkpoint, out / "predictions", out / "scores", sources, **OPTIONS)
+    return out, report
+
+
+def files(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_scores_say_what_was_measured(whole):
+    out, report = whole
+    assert sorted(p.name for p in (out / "scores").iterdir()) == ["gsm-direct.json", "mmlu-0shot.json"]
+    gsm, mmlu = (json.loads((out / "scores" / name).read_text()) for name in ("gsm-direct.json", "mmlu-0shot.json"))
+    wanted = {"model", "base_model", "training_data", "size", "benchmark", "version", "setting", "metric", "protocol", "value", "low", "high", "interval", "n",
+              "groups", "n_errors", "engine", "dtype", "judge", "stand_in", "unit", "bos", "prompts_sha256"}
+    assert wanted <= set(gsm) and wanted <= set(mmlu)
+    assert (gsm["n"], mmlu["n"], set(mmlu["groups"]), gsm["bos"]) == (12, 6, {"astronomy", "marketing"}, "one")
+    assert gsm["low"] <= gsm["value"] <= gsm["high"] and gsm["unit"] == "percent" and gsm["engine"].startswith("transformers ")
+    rows = read_predictions(out / "predictions" / "mmlu-0shot.jsonl")
+    assert all(row["answer"] == "ABCD"[row["option_logprobs"].index(max(row["option_logprobs"]))] for row in rows)
+    assert mmlu["value"] == pytest.approx(100 * sum(row["score"] for row in rows) / len(rows))
+    assert (report.made, report.kept) == (18, 0) and report.tokens > 0
+
+
+def test_second_run_makes_nothing_and_changes_no_byte(whole, checkpoint, sources, monkeypatch):
+    out, _ = whole
+    before = files(out)
+    monkeypatch.setitem(engines.ENGINES, "transformers", None)  # starting an engine would fail
+    report = evaluate(MODEL, BENCHMARKS, checkpoint, out / "predictions", out / "scores", sources, **OPTIONS)
+    assert (report.made, report.kept, files(out)) == (0, 18, before)
+
+
+def test_kill_and_resume_is_byte_identical(whole, checkpoint, sources, tmp_path):
+    "Kill -9 after the second chunk, from another process; the same call then completes."
+    script = f"""
+import tulu_study.evaluation.runner as runner
+from pathlib import Path
+append, seen = runner.append_jsonl, []
+def slow(path, rows):
+    append(path, rows); seen.append(path)
+    if len(seen) == 2: Path({str(tmp_path / 'ready')!r}).touch(); import time; time.sleep(60)
+runner.append_jsonl = slow
+runner.evaluate({MODEL!r}, {BENCHMARKS!r}, {str(checkpoint)!r}, {str(tmp_path / 'predictions')!r}, {str(tmp_path / 'scores')!r}, {str(sources)!r}, **{OPTIONS!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None and time.time() < deadline, "the first run ended or hung before its second chunk"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(read_predictions(tmp_path / "predictions" / "gsm-direct.jsonl")) == 10 and not (tmp_path / "scores").exists()
+    report = evaluate(MODEL, BENCHMARKS, checkpoint, tmp_path / "predictions", tmp_path / "scores", sources, **OPTIONS)
+    assert report.kept == 10
+    assert files(tmp_path / "predictions") == files(whole[0] / "predictions") and files(tmp_path / "scores") == files(whole[0] / "scores")
+
+
+@pytest.mark.parametrize("damage", ["torn line", "half a chunk", "another prompt", "bytes that are no JSON"])
+def test_damaged_predictions_are_made_again(damage, whole, checkpoint, sources, tmp_path):
+    for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
+    path = tmp_path / "gsm-direct.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    broken = {"torn line": lines[:8] + [lines[8][:20]], "half a chunk": lines[:7], "bytes that are no JSON": [*lines[:6], b"\xff\xfe{\n", *lines[7:]],
+              "another prompt": [*lines[:6], lines[6].replace(json.loads(lines[6])["prompt_hash"].encode(), b"0" * 16), *lines[7:]]}[damage]
+    path.write_bytes(b"".join(broken))
+    report = evaluate(MODEL, BENCHMARKS, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS)
+    assert (report.kept, report.made) == (5 + 6, 7)
+    assert path.read_bytes() == (whole[0] / "predictions" / "gsm-direct.jsonl").read_bytes()
+
+
+def test_other_settings_do_not_reuse_predictions(whole, checkpoint, sources, tmp_path):
+    for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
+    report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS | {"dtype": "bfloat16"})
+    assert (report.kept, report.made) == (0, 12)
+
+
+def test_more_examples_keep_the_whole_chunks(whole, checkpoint, sources, tmp_path):
+    "Full chunks are kept when the sample grows; the shorter last chunk is not, as its requests travelled in other company."
+    for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
+    report = evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": 14}}, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS)
+    same = [row["example_id"] for row in read_predictions(tmp_path / "gsm-direct.jsonl")][:10] == [row["example_id"] for row in read_predictions(whole[0] / "predictions" / "gsm-direct.jsonl")][:10]
+    assert (report.kept, report.made) == ((10, 4) if same else (0, 14))
+
+
+def test_long_prompts_are_errors_not_answers(checkpoint, sources, tmp_path):
+    report = evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": 3}}, checkpoint, tmp_path, tmp_path, sources, **OPTIONS | {"max_length": 60})
+    row = read_predictions(tmp_path / "gsm-direct.jsonl")[0]
+    assert row["error"].startswith("prompt too long") and "the model takes 60" in row["error"]
+    assert (row["completions"], row["answer"], row["score"]) == ([], None, None)
+    score = report.scores[0]
+    assert (score["value"], score["n"], score["n_errors"], score["errors"]) == (None, 0, 3, ["prompt too long"])
+
+
+class Broken(engines.Engine):
+    "Fails on prompts that contain a word, or on everything."
+    name = "broken"
+
+    def run_generate(self, ids, decoding):
+        if any("13" in self.tokenizer.decode(row) or self.fail_all for row in ids): raise MemoryError("no room for the cache\nsecond line")
+        return [engines.Output(texts=["7"], finish=["stop"], completion_tokens=1) for _ in ids]
+
+    fail_all = False
+
+
+def test_an_engine_error_costs_only_its_own_request(checkpoint):
+    outputs = Broken(checkpoint).generate(["cat 12", "cat 13", "cat 14"], 5)
+    assert [output.error for output in outputs] == [None, "engine: MemoryError: no room for the cache", None]
+    assert [output.texts for output in outputs] == [["7"], [], ["7"]]
+
+
+def test_a_chunk_that_fails_as_a_whole_stops_the_run(checkpoint, sources, tmp_path, monkeypatch):
+    monkeypatch.setitem(engines.ENGINES, "transformers", type("AllBroken", (Broken,), {"fail_all": True}))
+    with pytest.raises(engines.EngineError, match="every request of examples 0 to 4 failed"):
+        evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path, tmp_path, sources, **OPTIONS)
+    assert not (tmp_path / "gsm-direct.jsonl").exists() and not (tmp_path / "gsm-direct.json").exists()
+
+
+def test_two_bos_tokens_are_refused(checkpoint):
+    engine = Broken(checkpoint)
+    assert engine.bos == "one" and engine.encode(["cat"])[0][0] == 0
+    with pytest.raises(engines.EngineError, match="found 2 BOS tokens"): engine.encode(["<s>cat"])
+
+
+def test_without_vllm_transformers_takes_over_and_says_so(checkpoint, sources, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what import sees where vLLM is not installed
+    with pytest.warns(UserWarning, match="vLLM cannot be imported"):
+        report = evaluate(MODEL, {"mmlu": BENCHMARKS["mmlu"]}, checkpoint, tmp_path, tmp_path, sources, **OPTIONS | {"engine": "vllm"})
+    assert report.scores[0]["engine"].startswith("transformers") and "took over" in report.scores[0]["engine_note"]
+
+
+def test_batches_do_not_change_completions(checkpoint):
+    "Left padding: a prompt alone and in company of longer ones gives the same text, tokens and log-probabilities."
+    engine = engines.TransformersEngine(checkpoint)
+    prompts = ["The cat", "The dog ran under the big red tree and then it was", "a", "the happy dog said"]
+    together, alone = engine.generate(prompts, 12), [engine.generate([prompt], 12)[0] for prompt in prompts]
+    assert together == alone and {output.completion_tokens for output in together} != {0}
+    scores = [engine.option_scores(group, [66, 67, 68]) for group in (prompts, prompts[:1])]
+    assert scores[0][0].logprobs == pytest.approx(scores[1][0].logprobs, abs=1e-4)
+
+
+def test_sampling_gives_n_texts_and_repeats(checkpoint):
+    engine = engines.TransformersEngine(checkpoint)
+    first, second = (engine.generate(["The cat"], 6, temperature=0.8, top_p=0.95, n=3) for _ in range(2))
+    assert first == second and len(first[0].texts) == 3 and len(set(first[0].texts)) > 1
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(engines.EngineError, match="holds no config.json"): engines.TransformersEngine(tmp_path)
+    with pytest.raises(FileNotFoundError, match="found nothing"): checkpoint_hash(tmp_path)
+    with pytest.raises(ValueError, match="choose vllm, transformers or auto"): engines.choose_engine("llama.cpp")
+
+
+AGREE = """
+import json, sys
+from tulu_study.evaluation.engines import TransformersEngine, VLLMEngine
+checkpoint, stop = sys.argv[1], sys.argv[2]
+prompts = ["The cat sat", "the big red dog ran under the tree and", "a", "it was " * 30, "cat " * 2000]
+found = {}
+for cls in (VLLMEngine, TransformersEngine):
+    engine = cls(checkpoint)
+    found[engine.name] = runs = []
+    for _ in range(2):
+        engine.reset()
+        runs.append([[vars(o) for o in engine.generate(prompts, 24)], [vars(o) for o in engine.generate(prompts, 24, stop=[stop])], [vars(o) for o in engine.option_scores(prompts, [66, 67, 68, 69])]])
+    found[engine.name + " sampled"] = [o.texts for o in engine.generate(prompts[:2], 8, temperature=0.8, n=3)]
+print("FOUND" + json.dumps(found))
+"""
+
+
+def test_engines_agree(checkpoint):
+    "vLLM and transformers: same texts, token counts, reasons to stop, errors and log-probabilities; and vLLM repeats itself after a reset."
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    plain = engines.TransformersEngine(checkpoint).generate(["The cat sat"], 24)[0].texts[0]
+    stop = plain[4:6]  # a string that does occur
+    done = subprocess.run([sys.executable, "-c", AGREE, str(checkpoint), stop], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.split("FOUND", 1)[1])
+    assert found["vllm"][0] == found["vllm"][1], "the same requests after a reset gave something else"
+    (texts, cut, options), (texts_ref, cut_ref, options_ref) = found["vllm"][0], found["transformers"][0]
+    assert texts == texts_ref and cut == cut_ref
+    assert cut[0]["texts"] == [plain[:plain.index(stop)]] and cut[0]["finish"] == ["stop"] and texts[4]["error"].startswith("prompt too long")
+    for ours, theirs in zip(options[:4], options_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+    assert options[4]["error"] == options_ref[4]["error"] and all(len(row) == 3 for row in found["vllm sampled"])
