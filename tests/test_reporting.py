@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -256,7 +257,9 @@ def test_table1_with_another_tokenizer_shows_no_difference_of_lengths(tmp_path):
     assert "prompt length (nano tokens; the paper: LLaMA's)" in page and "someone" not in page and "**A sample, not the whole**" in page and "98 of 15,011" in page
 
 
-def test_table1_without_lengths_and_with_an_invented_world(tmp_path):
+def test_table1_without_lengths_and_with_an_invented_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "load_study", lambda name: SimpleNamespace(title="small", world={"seed": 1}, data=SimpleNamespace(limit=64)))
+    assert any("invented world" in fact for fact in scores.study_facts("smoke")) and any("at most 64" in fact for fact in scores.study_facts("smoke"))
     report(tmp_path, "dolly", tokenizer=None)
     rows = tables.table1("smoke", ["dolly"], tmp_path / "data")
     page = tables.table1_markdown(rows)
