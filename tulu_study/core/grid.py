@@ -138,7 +138,7 @@ class Grid(dict):
             for size, model in study.models.items():
                 label = notebook if len(study.models) == 1 else f"{notebook}-{size}"
                 params = dict(study=study.study, size=size, rows=model.data, benchmarks={k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}, scores_dir=str(self.root/"scores"))
-                if kind == "figure": params["predictions_dir"] = str(self.root/"predictions")
+                if kind == "figure": params["predictions_root"] = str(self.root/"predictions")
                 record = models()[model.base].model_dump(mode="json", include={"name", "note", "published", "key"})
                 self._add(kind, label, notebook, params, [f"evaluate-{size}-{d}" for d in model.data], {"base": record})
 

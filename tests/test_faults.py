@@ -1,0 +1,125 @@
+"""Kill -9 of a study, at every level of its process tree, then the same command.
+
+The run notebooks are replaced by slow ones with the same parameters, which append to a file as long as they live: what goes on writing after a kill is an orphan,
+and what is written twice was not remembered. (That real results are byte-identical after kills is shown by test_smoke.py.)"""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from conftest import ROOT, notebook
+
+SLOW = """import time
+log = run.out_dir.parent.parent/'ticks.log'
+me = run.out_dir.parent.name + '/' + run.out_dir.name
+for tick in range(12):
+    with open(log, 'a') as f: f.write(f'{me} {tick}\\n')
+    time.sleep(0.1)
+(run.out_dir/f'{run.out_dir.name}_data.jsonl').write_text('{}')"""
+
+
+@pytest.fixture
+def house(tmp_path):
+    "The project with stand-in run notebooks."
+    for name in ("tulu_study", "params"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "Snakefile"): shutil.copy(ROOT/name, tmp_path)
+    for path in (ROOT/"nbs"/"runs").glob("*.ipynb"):
+        cell = next("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
+        notebook(tmp_path/"nbs"/"runs"/path.name, cell, "from tulu_study.core.cells import start\nrun = start(globals())", SLOW, "run.finish()")
+    return tmp_path
+
+
+def command(house, *words, **options):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"PYTHONPATH": str(house), "TULU_ROOT": str(house)}
+    return subprocess.Popen([sys.executable, "-m", "tulu_study.cli", *words], cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(house, *words):
+    p = command(house, *words)
+    out = p.communicate(timeout=240)[0]
+    return p.returncode, out
+
+
+def ticks(house):
+    log = house/"results"/"smoke"/"ticks.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while time.time() < end:
+        if condition(): return True
+        time.sleep(0.05)
+    return False
+
+
+def tree(process):
+    "Every process below one, and the one itself."
+    try: return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
+def pick(level, run):
+    "The process to kill: the command, Snakemake, the process of a cell, or its kernel."
+    def is_level(p):
+        try: line = " ".join(p.cmdline())
+        except psutil.Error: return False
+        return {"run": p.pid == run.pid, "snakemake": "-m snakemake" in line, "cell": " cell " in line and "snakemake" not in line, "kernel": "ipykernel_launcher" in line}[level]
+    return next((p for p in tree(psutil.Process(run.pid)) if is_level(p)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["run", "snakemake", "cell", "kernel"])
+def test_kill_then_the_same_command(house, level):
+    run = command(house, "run", "smoke", "--jobs", "2")
+    assert wait_for(lambda: any(t.startswith("data/") for t in ticks(house))), run.communicate()[0]
+    below = tree(psutil.Process(run.pid))
+    finished = {p.parent.name for p in (house/"results"/"smoke").rglob("manifest.json")}
+    pick(level, run).send_signal(signal.SIGKILL)
+    if level in ("run", "snakemake"):
+        gone, alive = psutil.wait_procs([p for p in below if p.pid != run.pid], timeout=5)
+        assert not alive, [p.cmdline() for p in alive if p.is_running()]
+        still = len(ticks(house))
+        time.sleep(1)
+        assert len(ticks(house)) == still, "an orphan goes on writing"
+        run.kill()
+    run.communicate(timeout=240)
+    code, out = finish(house, "run", "smoke", "--jobs", "2")
+    assert code == 0, out
+    lines = ticks(house)
+    for name in {l.split()[0] for l in lines}:
+        count = sum(l == f"{name} 11" for l in lines)
+        assert count == 1, f"{name} was completed {count} times"
+        if name.split("/")[1] in finished: assert sum(l == f"{name} 0" for l in lines) == 1, f"{name} was finished and ran again"
+    code, out = finish(house, "run", "smoke")
+    assert code == 0 and "are done" in out and len(ticks(house)) == len(lines), "a second run starts no kernel"
+
+
+@pytest.mark.slow
+def test_a_failing_cell_does_not_stop_the_others(house):
+    path = house/"nbs"/"runs"/"convert.ipynb"
+    good = path.read_text()
+    nb = json.loads(good)
+    nb["cells"][2]["source"] = "if dataset == 'dolly': raise ValueError('row 7: no response')\n" + nb["cells"][2]["source"]
+    path.write_text(json.dumps(nb))
+    code, out = finish(house, "run", "smoke")
+    assert code == 1 and "row 7: no response" in out and "convert-dolly" in out
+    assert (house/"results"/"smoke"/"scores"/"7B-cot"/"manifest.json").exists(), out
+    plan = finish(house, "plan", "smoke")[1]
+    assert "failed" in plan and "row 7: no response" in plan and "convert.ipynb" in plan
+    path.write_text(good)
+    code, out = finish(house, "run", "smoke")
+    assert code == 0, out
+    lines = ticks(house)
+    assert sum(l == "base/" + l.split("/")[1].split()[0] + " 11" for l in lines if l.startswith("base/")) == 1, "what was finished is not run again"
+
+
+@pytest.mark.slow
+def test_two_runs_of_one_study(house):
+    first = command(house, "run", "smoke")
+    assert wait_for(lambda: ticks(house))
+    code, out = finish(house, "run", "smoke")
+    assert code == 1 and f"Process {first.pid} is running this study already" in out
+    first.kill()
+    first.communicate()
