@@ -21,7 +21,7 @@ def make_base(
     record: Model,                           # of params/models.yaml, kind hub or package
     out_dir: str | Path,                     # the Hugging Face folder to make
     source_root: str | Path | None = None,   # sources root with models/<key>, None or "" = the site's
-) -> dict:                                   # {parameters, revision, origin, files, note}
+) -> dict:                                   # {n_parameters, revision, origin, files, note, …}
     "Make a base model's folder and check that it is complete. Raises BaseModelError."
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def make_base(
 def inspect_base(
     folder: str | Path,   # a Hugging Face folder
     key: str = "",        # name for messages
-) -> dict:                # {parameters, model_type, vocabulary, dtypes, files}
+) -> dict:                # {n_parameters, model_type, vocabulary, dtypes, files}
     "Read config and weight headers (not the weights). Raises BaseModelError for a missing or cut-off file."
     folder, problems = Path(folder), []
     config = json.loads((folder/"config.json").read_text()) if (folder/"config.json").is_file() else problems.append("config.json is missing") or {}
@@ -54,7 +54,7 @@ def inspect_base(
             for side in tensor["shape"]: count *= side
             sizes, dtypes = sizes + count, dtypes | {tensor["dtype"]}
     if problems: raise BaseModelError(f"the base model {key or folder.name} is incomplete: " + "; ".join(problems) + ". Delete the folder's copy in the cache or sources root and fetch it again.")
-    return {"parameters": sizes or None, "model_type": config.get("model_type"), "vocabulary": config.get("vocab_size"), "dtypes": sorted(dtypes),
+    return {"n_parameters": sizes or None, "model_type": config.get("model_type"), "vocabulary": config.get("vocab_size"), "dtypes": sorted(dtypes),
             "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")}}
 
 

@@ -14,7 +14,7 @@ from .schedule import schedule, total_steps, warmup_steps
 from .tokenizers import _gathered, grow_embeddings, load_tokenizer
 
 PRODUCTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-            "chat_template.jinja", "README.md", "training_log.jsonl", "sample.json", "trained.json", "verification.json")
+            "chat_template.jinja", "README.md", "training_log.jsonl", "sample.json", "trained.json", "verification.json", "seconds.json")
 
 
 def say(text: str) -> None:
@@ -308,7 +308,9 @@ def train(config: FinetuneConfig) -> None:
         unset_hf_deepspeed_config()
         saved = time.monotonic()
         verify(out)
-        say(f"seconds: {ready - begun:.1f} until ready, {trained - ready:.1f} training, {saved - trained:.1f} saving, {time.monotonic() - saved:.1f} verifying")
+        seconds = {"starting": ready - begun, "training": trained - ready, "saving": saved - trained, "verifying": time.monotonic() - saved}
+        write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in seconds.items()}))
+        say("seconds: " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
 
 
 def main(path: str) -> int:  # exit status
