@@ -118,7 +118,8 @@ def encodings_of_real_data(case):
     encoded = [encode(row["messages"], tokenizer, length) for row in rows]
     learnt = [row for row in encoded if any(label != -100 for label in row["labels"])]
     same(encode_all(rows, tokenizer, length).rows, learnt, "encode_all beside encode")
-    lines = [f"{json.dumps(row['input_ids'])}|{json.dumps(row['labels'])}\n" for row in encoded]
+    compact = lambda numbers: json.dumps(numbers, separators=(",", ":"))
+    lines = [f"{compact(row['input_ids'])}|{compact(row['labels'])}\n" for row in encoded]
     found = {"conversations": len(encoded), "tokens": sum(len(row["input_ids"]) for row in encoded),
              "supervised": sum(label != -100 for row in encoded for label in row["labels"]),
              "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
