@@ -168,7 +168,7 @@ def figures(
     into: str = "",        # folder, empty = figures/<study> in the checkout
 ):
     "Copy a study's tables and figures, with what made them, into the checkout; a re-run changes no byte."
-    from tulu_study.reporting.figures import copy_figures
+    from tulu_study.reporting.copying import copy_figures
     grid = load(study)
     base = Path.cwd() if project_root() == packaged_root() else project_root()
     target = Path(into) if into else base/"figures"/grid.study.study

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tulu_study.core import cells as door
-from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models
+from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir
 from tulu_study.core.sources import find, fingerprint
 from tulu_study.core.settings import Settings, settings
 
@@ -51,8 +51,9 @@ class State:
 class Grid(dict):
     "The cells of a study by name, in an order in which they can run."
 
-    def __init__(self, study: Study, site: Settings):
+    def __init__(self, study: Study, site: Settings, file: str = ""):
         super().__init__()
+        self.file = file                                         # the study file, where it is not one of params/studies
         self.study, self.site, self.root = study, site, site.results/study.study
         self.sources = self.root/"sources" if study.world is not None else site.sources
         self._world()
@@ -131,16 +132,17 @@ class Grid(dict):
     def _reports(self):
         study = self.study
         used = list(dict.fromkeys(d for m in study.models.values() for d in m.data if d != "vanilla"))
+        said = {"title": study.title, "world": study.world, "limit": study.data.limit, "published": {p.name: fingerprint(p) for p in sorted((params_dir()/"published").glob("*.csv"))}}
         for table in study.tables:
             if table == "table1":
-                self._add("table", table, table, dict(study=study.study, datasets=used, data_dir=str(self.root/"data")), [self._data_cell(d) for d in used])
+                self._add("table", table, table, dict(study=study.study, datasets=used, data_dir=str(self.root/"data")), [self._data_cell(d) for d in used], said)
         for kind, notebook in [("table", t) for t in study.tables if t != "table1"] + [("figure", f) for f in study.figures]:
             for size, model in study.models.items():
                 label = notebook if len(study.models) == 1 else f"{notebook}-{size}"
                 params = dict(study=study.study, size=size, rows=model.data, benchmarks={k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}, scores_dir=str(self.root/"scores"))
                 if kind == "figure": params["predictions_root"] = str(self.root/"predictions")
                 record = models()[model.base].model_dump(mode="json", include={"name", "note", "published", "key"})
-                self._add(kind, label, notebook, params, [f"evaluate-{size}-{d}" for d in model.data], {"base": record})
+                self._add(kind, label, notebook, params, [f"evaluate-{size}-{d}" for d in model.data], said | {"base": record})
 
     # State
     def state(self, name: str) -> State:
@@ -190,7 +192,7 @@ def load(
     site: Settings | None = None,  # None = the site's settings
 ) -> Grid:                         # its cells
     "Expand a study file into its grid. Raises ParamsError, CellError or SourceError with every problem."
-    return Grid(load_study(study), site or settings())
+    return Grid(load_study(study), site or settings(), str(Path(study).resolve()) if study.endswith((".yaml", ".yml")) else "")
 
 
 def run(
@@ -200,6 +202,7 @@ def run(
 ) -> dict:           # the manifest
     "Run one cell of a grid through the door, and stamp it."
     cell = grid[name]
+    if grid.file: os.environ["TULU_STUDY_FILE"] = grid.file      # for the captions of a study that is not in params/studies
     manifest = door.run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs, force)
     cell.stamp.touch()
     return manifest

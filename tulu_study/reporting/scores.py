@@ -8,6 +8,7 @@ __all__ = ['NEEDED', 'FROM_SCORE', 'CELL_FIELDS', 'DIFFERENT_BASE', 'ResultsErro
            'score_and_change', 'grid', 'study_record', 'study_facts', 'same_base', 'base_names', 'base_facts']
 
 # %% ../../nbs/reporting/00a_scores.ipynb #f33778eb
+import os
 import json
 from pathlib import Path
 
@@ -140,7 +141,9 @@ def grid(study: str,           # the study's name
 
 # %% ../../nbs/reporting/00a_scores.ipynb #ab40510d
 def study_record(study: str):
-    "The study file of that name, None where `params/studies` has none; a study file with mistakes raises ParamsError."
+    "The study file of that name: the one that is being run, else one of `params/studies`; None where there is none. A file with mistakes raises ParamsError."
+    running = os.environ.get("TULU_STUDY_FILE")
+    if running and (record := load_study(running)).study == study: return record
     return load_study(study) if (params_dir() / "studies" / f"{study}.yaml").is_file() else None
 
 def study_facts(study: str) -> list[str]:
