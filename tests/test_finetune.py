@@ -199,6 +199,18 @@ def test_the_token_loss_does_not_depend_on_the_split(train, launched, micro, ran
     assert gap(train(f"split-{micro}-{ranks}", micro_batch_size=micro, ranks=ranks), launched(2, 1)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_tied_output_layer_is_saved_once(train, place, stage):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    base = place / "tied"
+    if not base.exists():
+        shutil.copytree(place / "llama", base)
+        (base / "model.safetensors").unlink()
+        LlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)).save_pretrained(base)
+    saved = weights(train(f"tied-{stage}", base_dir=str(base), zero_stage=stage, epochs=1))
+    assert "lm_head.weight" not in saved and saved["model.embed_tokens.weight"].shape == (260, 16)
+
+
 @pytest.mark.parametrize("family, rows", [("gpt_neox", 272), ("opt", 264)])
 def test_other_families_keep_their_embedding_rows(train, family, rows):
     config = json.loads((train(f"family-{family}", family=family, epochs=1) / "config.json").read_text())

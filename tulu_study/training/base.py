@@ -155,6 +155,7 @@ def convert_gguf(
     if not loss < 5: raise BaseModelError(f"{gguf.name}: the dequantised model gives a plain English sentence a loss of {loss:.2f} per token, expected less than 5: tokenizer ({kind}) and weights do not belong together")
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
+    for weights in Path(out_dir).glob("*.safetensors"): shutil.copymode(Path(out_dir)/"config.json", weights)   # else readable to their owner alone
 
 
 PROBE = "The capital of France is Paris, and the river that flows through the city is called the Seine."

@@ -222,8 +222,10 @@ def tensor_norms(model) -> dict:
 def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None:
     "Write the checkpoint as an ordinary Hugging Face folder, and the numbers to check it against."
     norms = tensor_norms(model)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)   # collective under ZeRO-3
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)   # collective under ZeRO-3; a tied output layer comes twice
     if int(os.environ.get("RANK", 0)): return
+    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = {name: tensor for name, tensor in state.items() if name in once}
     out = Path(config.out_dir)
     model.config.use_cache = True
     model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -231,6 +233,7 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(out, state_dict=state)
     tokenizer.save_pretrained(out)
+    for weights in out.glob("*.safetensors"): shutil.copymode(out / "config.json", weights)   # the library leaves them readable to their owner alone
     write_atomic(out / "README.md", model_card(config, facts))
     write_atomic(out / "trained.json", json.dumps({**facts, "settings": config.science(), "tokenizer_length": len(tokenizer),
                                                    "parameters": sum(n["size"] for n in norms.values()), "tensors": norms}, indent=1))

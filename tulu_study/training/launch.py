@@ -22,7 +22,7 @@ def environment_for(config: FinetuneConfig, direct: bool) -> dict:
     "Threads pinned, the CPU named where there is no GPU, and for a single rank what torchrun would set."
     env = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "DS_DISABLE_CONFIG_PRINT": "true"}
-    if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists(): env["DS_ACCELERATOR"] = "cpu"
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists(): env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}   # waiting threads leave the core to others
     else: env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
