@@ -18,6 +18,19 @@ BENCHMARKS = {"gsm": {"settings": ["direct"], "n": 12}, "mmlu": {"settings": ["0
 OPTIONS = {"engine": "transformers", "chunk_size": 5, "max_length": 448}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    "One thread (two that share a busy machine wait for each other) and short answers."
+    import torch
+    from tulu_study.evaluation.gsm import GSM
+    threads, tokens = torch.get_num_threads(), GSM.max_new_tokens
+    torch.set_num_threads(1)
+    GSM.max_new_tokens = 16
+    yield
+    torch.set_num_threads(threads)
+    GSM.max_new_tokens = tokens
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     "A random LLaMA with head size 32 (the smallest that vLLM's CPU attention takes) and a byte-level tokenizer that adds one BOS."
@@ -89,8 +102,11 @@ def test_second_run_makes_nothing_and_changes_no_byte(whole, checkpoint, sources
 def test_kill_and_resume_is_byte_identical(whole, checkpoint, sources, tmp_path):
     "Kill -9 after the second chunk, from another process; the same call then completes."
     script = f"""
+import torch; torch.set_num_threads(1)
 import tulu_study.evaluation.runner as runner
 from pathlib import Path
+from tulu_study.evaluation.gsm import GSM
+GSM.max_new_tokens = 16
 append, seen = runner.append_jsonl, []
 def slow(path, rows):
     append(path, rows); seen.append(path)

@@ -70,7 +70,7 @@ class Engine:
         self.checkpoint, self.dtype, self.seed, self.note = Path(checkpoint), dtype, seed, note
         if not (self.checkpoint / "config.json").is_file():
             raise EngineError(f"{self.checkpoint} holds no config.json; expected a Hugging Face model folder. Was the checkpoint written?")
-        config = AutoConfig.from_pretrained(self.checkpoint)
+        self.config = config = AutoConfig.from_pretrained(self.checkpoint)
         self.max_length = max_length or getattr(config, "max_position_embeddings", None) or 2048
         self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
         self.tokenizer.model_max_length = UNBOUNDED
@@ -279,27 +279,38 @@ class TransformersEngine(Engine):
         return [rows[i * decoding.n:(i + 1) * decoding.n] for i in range(len(ids))]
 
 
+def vllm_environment() -> None:
+    "Environment that vLLM reads, before its first import; what the user has set stays."
+    for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # stay in this process: notebooks have no main guard, and a kill leaves no orphan
+                        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the settings' business
+                        "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+        os.environ.setdefault(name, value)
+
+
 class VLLMEngine(Engine):
     "vLLM, on a GPU or (vllm-cpu) on a CPU, in this process: one engine per process, as its memory is not given back."
     name = "vllm"
 
     def start(self):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # stay in this process: notebooks have no main guard, and a kill leaves no orphan
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # threads are the settings' business
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        vllm_environment()
         import torch
         import torch._dynamo
         from vllm import LLM, SamplingParams
         if not torch.cuda.is_available(): torch._dynamo.config.disable = True  # enforce_eager leaves one helper to compile, which takes 4 to 30 s and saves nothing
         self.params = SamplingParams
-        self.llm = LLM(model=str(self.checkpoint), tokenizer=str(self.checkpoint), dtype=self.dtype, seed=self.seed, max_model_len=self.max_length,
-                       enforce_eager=True, enable_prefix_caching=True, generation_config="vllm", disable_log_stats=True, use_tqdm_on_load=False, **self.device_options())
+        try:
+            self.llm = LLM(model=str(self.checkpoint), tokenizer=str(self.checkpoint), dtype=self.dtype, seed=self.seed, max_model_len=self.max_length,
+                           enforce_eager=True, enable_prefix_caching=True, generation_config="vllm", disable_log_stats=True, use_tqdm_on_load=False,
+                           **self.device_options())
+        except Exception as error:
+            raise EngineError(f"vLLM does not run the checkpoint {self.checkpoint.name} here ({describe(error)}). "
+                              "The other engine may: set [engine] name = transformers in settings.ini, or TULU_ENGINE=transformers") from error
 
     def device_options(self) -> dict:
-        "On GPUs all visible ones; on a CPU small blocks, so that short shared beginnings are cached too, and no more cache than needed: it is zeroed first."
+        "As many of the visible GPUs as divide the attention heads; on a CPU small blocks, so that short shared beginnings are cached too, and no more cache than needed: it is zeroed first."
         import torch
-        if torch.cuda.is_available(): return {"tensor_parallel_size": torch.cuda.device_count()}
+        if torch.cuda.is_available():
+            return {"tensor_parallel_size": max(n for n in range(1, torch.cuda.device_count() + 1) if self.config.num_attention_heads % n == 0)}
         sequences = 64
         options = {"block_size": 32, "max_num_seqs": sequences}
         if "VLLM_CPU_KVCACHE_SPACE" in os.environ: return options  # the user's own choice, in GiB
@@ -307,8 +318,7 @@ class VLLMEngine(Engine):
 
     def bytes_per_token(self) -> int:
         "Size of the key and value cache of one token, all layers."
-        from transformers import AutoConfig
-        config = AutoConfig.from_pretrained(self.checkpoint)
+        config = self.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * head_dim * (2 if self.dtype == "bfloat16" else 4)
@@ -357,7 +367,7 @@ def choose_engine(
     if wanted == "transformers": return "transformers", None
     try:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import vllm  # noqa: F401  the import itself is the test: an installed vLLM can still be unusable here
+        from vllm import LLM, SamplingParams  # noqa: F401  the import itself is the test: an installed vLLM can still be unusable here
         return "vllm", None
     except Exception as error:
         note = f"vLLM cannot be imported ({describe(error)}): the transformers engine took over"

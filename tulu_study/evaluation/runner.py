@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tulu_study.core.files import append_jsonl, hash_json, sha256_file, write_atomic
+from tulu_study.core.settings import settings
 from tulu_study.evaluation.benchmark import load_benchmark, prompt_hash, prompts_hash
 from tulu_study.evaluation.engines import ENGINES, EngineError, choose_engine, installed_version
 
@@ -166,7 +167,8 @@ def evaluate(
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
     with timing("engine_start"):
         name, note = choose_engine(engine)
-        common = {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype, "seed": seed, "max_length": limit}
+        common = {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype, "seed": seed,
+                  "max_length": limit, "threads": settings().threads}
     work = []
     for task in tasks:
         done = task.resume(task.identity(common))
