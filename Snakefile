@@ -6,7 +6,7 @@ from tulu_study.core import grid
 
 GRID = grid.load(config["study"])
 ROOT = str(GRID.root)
-CELL = f"exec {sys.executable} -m tulu_study.cli cell {config['study']}"      # exec: the cell is Snakemake's own child and ends with it
+CELL = f"exec {sys.executable} -m tulu_study cell {config['study']}"      # exec: the cell is Snakemake's own child and ends with it
 
 
 def needs(stage, label="label"):

@@ -32,7 +32,7 @@ def house(tmp_path):
 
 def command(house, *words, **options):
     env = {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"PYTHONPATH": str(house), "TULU_ROOT": str(house)}
-    return subprocess.Popen([sys.executable, "-m", "tulu_study.cli", *words], cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen([sys.executable, "-m", "tulu_study", *words], cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
 def finish(house, *words):

@@ -78,6 +78,7 @@ def _partial(grid: Grid, todo: list[str]) -> None:
         cell = grid[name]
         if cell.stage not in ("table", "figure") or grid.state(name).word == "done" or (cell.out_dir/"failed.json").exists(): continue
         lacking = [n for n in cell.needs if grid.state(n).word != "done"]
+        if len(lacking) == len(cell.needs): continue
         try: run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs | {"not_run": lacking})
         except CellError as e: print(f"{name}: not drawn from what there is: {str(e).splitlines()[-1]}")
         else: print(f"  {name}: drawn without {', '.join(lacking)}, which did not run")
@@ -248,6 +249,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"\ntulu-study {command}: stopped; the same command continues", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__": main()

@@ -278,7 +278,7 @@ class Run:
 def pin(threads: int) -> None:
     "Fix what makes a CPU run repeat to the byte: thread counts and the hash seed. Libraries read these when they are imported."
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS"): os.environ[name] = str(threads)
-    os.environ.update(PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", VLLM_CPU_OMP_THREADS_BIND="nobind", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    os.environ.update(PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCH_CPP_LOG_LEVEL="ERROR", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 def start(
@@ -346,7 +346,7 @@ def _execute(path: Path, executed: Path, params: dict) -> None:
     logging.getLogger("papermill").setLevel(logging.ERROR)
     pin(settings().threads)
     os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()))
-    try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=ERROR"])
+    try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as e:
         lines = [line for line in (f"{e.ename}: {e.evalue}" if e.evalue else e.ename).splitlines() if line.strip()]
         raise CellError("\n".join(lines)) from None

@@ -165,6 +165,7 @@ class Grid(dict):
 
     def _why(self, cell: Cell, manifest: dict) -> str:
         "Name what differs between a manifest and what the study asks for now."
+        if without := manifest["inputs"].get("not_run"): return "drawn without " + ", ".join(without)
         full = door.check_parameters(cell.notebook, {**cell.params, "out_dir": str(cell.out_dir)})
         now, then = door.science(full), door.science(manifest["parameters"])
         if changed := [k for k in {**then, **now} if now.get(k, door) != then.get(k, door)]:

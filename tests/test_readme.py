@@ -1,0 +1,56 @@
+"README.md is what nbs/index.ipynb says, and its commands work."
+import re, subprocess, sys
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT/"README.md").read_text(encoding="utf-8") if (ROOT/"README.md").exists() else ""
+
+# How each command of the README is tried. `make study` runs here as a user runs it, in the checkout.
+TRIED = {
+    "make study": ["make", "study"],
+    "make report": ["make", "report"],
+    "make plan": ["make", "plan"],
+    "make doctor": ["make", "doctor"],
+    "make lab": ["make", "-n", "lab"],                                  # a server that does not return: its command is shown, its parts are tried below
+    "make test": None,                                                  # this is it
+    "make study STUDY=mini SOURCES=path/to/raw/files": ["make", "plan", "STUDY=mini", "SOURCES=path/to/raw/files"],   # most of an hour, and real data: planned here
+    "make study STUDY=path/to/mine.yaml": ["make", "plan", "STUDY=params/studies/smoke.yaml"],
+}
+
+
+def commands():
+    fenced = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+    inline = re.findall(r"`(make [^`]+)`", README)
+    return list(dict.fromkeys(c for c in [*fenced, *inline] if c))
+
+
+def test_readme_is_current():
+    done = subprocess.run([sys.executable, str(ROOT/"tools"/"readme.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_tried():
+    assert set(commands()) - set(TRIED) == set(), "say in TRIED how it is tried"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT/target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands() if TRIED.get(c)])
+def test_command(command):
+    done = subprocess.run(TRIED[command], cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if command == "make study":
+        again = subprocess.run(TRIED[command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert "are done" in again.stdout, again.stdout
+
+
+def test_jupyterlab_is_there():
+    from pathlib import Path
+    done = subprocess.run([str(Path(sys.executable).parent/"jupyter"), "lab", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
