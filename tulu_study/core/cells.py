@@ -278,7 +278,7 @@ class Run:
 def pin(threads: int) -> None:
     "Fix what makes a CPU run repeat to the byte: thread counts and the hash seed. Libraries read these when they are imported."
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS"): os.environ[name] = str(threads)
-    os.environ.update(PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCH_CPP_LOG_LEVEL="ERROR", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    os.environ.update(PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false", VLLM_CPU_OMP_THREADS_BIND="nobind", TORCH_CPP_LOG_LEVEL="ERROR", OMP_WAIT_POLICY="PASSIVE", CUBLAS_WORKSPACE_CONFIG=":4096:8")
 
 
 def start(

@@ -77,6 +77,8 @@ class Grid(dict):
         found = {"record": record.model_dump(mode="json")}
         if self.study.world is None and self.sources:
             files = {f.name: find(self.sources, record.folder, f.name) for f in record.files}
+            if not all(files.values()) and (self.sources/record.folder).is_dir():      # an archive's members, lying there unpacked
+                files |= {str(p.relative_to(self.sources)): p for p in sorted((self.sources/record.folder).rglob("*")) if p.is_file()}
             found["files"] = {name: fingerprint(path) for name, path in files.items() if path}
         return found
 

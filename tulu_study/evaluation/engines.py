@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class Decoding:
     n: int = 1  # samples per prompt
 
 
-class Engine:
+class Engine(ABC):
     "Tokenisation, length and error handling that both engines share; a sub-class runs the model."
     name = ""
 
@@ -83,8 +84,12 @@ class Engine:
 
     def start(self): "Load the model."
     def reset(self): "Forget everything that depends on earlier requests."
-    def run_generate(self, ids, decoding): raise NotImplementedError
-    def run_options(self, ids, option_ids): raise NotImplementedError
+
+    @abstractmethod
+    def run_generate(self, ids, decoding): "Outputs with texts, one for each list of prompt ids."
+
+    @abstractmethod
+    def run_options(self, ids, option_ids): "Outputs with logprobs, one for each list of prompt ids."
 
     def encode_one(self, prompt): return list(self.tokenizer(prompt)["input_ids"])
 
