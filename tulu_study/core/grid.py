@@ -203,8 +203,10 @@ def run(
     name: str,       # one of its cells
     force: bool = False,
 ) -> dict:           # the manifest
-    "Run one cell of a grid through the door, and stamp it."
+    "Run one cell of a grid through the door, and stamp it. Raises CellError when a cell that it needs is not done: a key may not name an input that is not there."
     cell = grid[name]
+    if waiting := [f"{n} ({s.word}: {s.reason})" for n in cell.needs if (s := grid.state(n)).word != "done"]:
+        raise door.CellError(f"{name} needs cells that are not done: {'; '.join(waiting)}. `tulu-study run` runs them in order.")
     if grid.file: os.environ["TULU_STUDY_FILE"] = grid.file      # for the captions of a study that is not in params/studies
     manifest = door.run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs, force)
     cell.stamp.touch()

@@ -178,7 +178,20 @@ def _lines(
         for i, value in enumerate(node.value): found |= _lines(value, (*path, i))
     return found
 
-# %% ../../nbs/core/01_params.ipynb #23778dbb
+# %% ../../nbs/core/01_params.ipynb #749d6d5e
+def _twice(
+    node,           # a PyYAML node
+) -> list[tuple]:   # (key, line) of every key that its mapping holds already
+    "Find keys that stand twice in one mapping: YAML readers silently keep the last."
+    found, seen = [], set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in seen: found.append((key.value, key.start_mark.line + 1))
+        seen.add(key.value)
+        found += _twice(value)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else (): found += _twice(value)
+    return found
+
+# %% ../../nbs/core/01_params.ipynb #fec0f079
 def _read_yaml(
     path: Path,             # a YAML file
 ) -> tuple[dict, dict]:     # its value, and the line of each path in it
@@ -190,6 +203,7 @@ def _read_yaml(
         mark = getattr(e, "problem_mark", None)
         raise ParamsError(f"{path.name}, line {mark.line + 1 if mark else '?'}: not valid YAML: {getattr(e, 'problem', e)}") from e
     if not isinstance(node, yaml.MappingNode): raise ParamsError(f"{path.name}: expected a mapping of keys at the top, found {type(node).__name__.removesuffix('Node').lower() if node else 'nothing'}.")
+    if twice := _twice(node): raise ParamsError("\n".join(f"{path.name}, line {line}: {key}: stands twice in the same place; remove one" for key, line in twice))
     return yaml.safe_load(text), _lines(node)
 
 # %% ../../nbs/core/01_params.ipynb #5b7972ae
