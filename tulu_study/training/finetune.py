@@ -86,7 +86,8 @@ class EpochOrder:
 
 def deepspeed_config(config: FinetuneConfig, cuda: bool) -> dict:
     "DeepSpeed's settings: the reference's, with the study's stage and batch (spec: training, section 13)."
-    zero = {"stage": config.zero_stage, "overlap_comm": cuda and config.zero_stage > 0, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    zero = {"stage": config.zero_stage, "overlap_comm": cuda and config.zero_stage > 0, "contiguous_gradients": True,
+            "reduce_bucket_size": int(5e7)}   # numbers; the reference's "auto" (the hidden size squared) means dozens of exchanges a step for a small model
     if config.zero_stage == 3:
         zero |= {"sub_group_size": 1e9, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
                  "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
