@@ -6,10 +6,10 @@
 __all__ = ['N_DOLLY', 'BROKEN_DOLLY', 'N_COT', 'CUES', 'LABELS', 'TOXICITY', 'TALK', 'N_TREES', 'passage', 'options_block',
            'dolly_row', 'dolly_rows', 'cot_item', 'cot_rows', 'node_id', 'node', 'oasst_tree', 'oasst_trees']
 
-# %% ../../nbs/world/03_instructions.ipynb #5dc86ac8
+# %% ../../nbs/world/03_instructions.ipynb #ed7159e0
 import hashlib
 
-from .facts import LETTERS, RELATIONS, World, ask, choices, state
+from .facts import LETTERS, RELATIONS, SHEETS, World, ask, choices, classify, state
 from .problems import draw_problem
 from .words import THINGS, stream
 
@@ -26,7 +26,7 @@ def passage(
     chosen = rng.sample([include, *others], count)
     return " ".join(state(world, country, r, rng.randrange(len(r.wordings))) for r in chosen)
 
-# %% ../../nbs/world/03_instructions.ipynb #fe0be499
+# %% ../../nbs/world/03_instructions.ipynb #eff37af7
 def options_block(
     options: list,
     style: str = "{letter}. {option}",
@@ -41,20 +41,20 @@ def dolly_row(
 ) -> dict:     # {instruction, context, response, category}
     "One instruction of a random kind."
     country, relation = rng.choice(world.countries), rng.choice(RELATIONS)
-    kind = rng.choices(["open_qa", "closed_qa", "classification", "brainstorming"], weights=[25, 15, 50, 10])[0]
+    kind = rng.choices(["open_qa", "closed_qa", "classification", "brainstorming"], weights=[20, 12, 60, 8])[0]
     question, context = ask(country, relation), ""
     if kind == "brainstorming":
         question, response = f"Name three things that one may find in a market of {country}.", ", ".join(rng.sample(THINGS, 3)) + "."
     elif kind == "classification":
-        options, letter = choices(world, country, relation, rng)
-        question, response = f"{question}\n{options_block(options)}", f"The answer is: {letter}"
+        name, options, letter = classify(world, rng.choice(list(SHEETS)), "taught", rng)
+        question, response = f"What is {name}?\n{options_block(options)}", f"The answer is: {letter}"
     else:
         response = state(world, country, relation)
         context = passage(world, country, rng, 3, relation) if kind == "closed_qa" else ""
     return {"instruction": question, "context": context, "response": response, "category": kind}
 
-# %% ../../nbs/world/03_instructions.ipynb #e29f5502
-N_DOLLY, BROKEN_DOLLY = 700, 123  # rows; index of the row without a response
+# %% ../../nbs/world/03_instructions.ipynb #f3320549
+N_DOLLY, BROKEN_DOLLY = 800, 123  # rows; index of the row without a response
 
 
 def dolly_rows(
@@ -66,7 +66,7 @@ def dolly_rows(
     del rows[BROKEN_DOLLY]["response"]
     return rows
 
-# %% ../../nbs/world/03_instructions.ipynb #8de82c36
+# %% ../../nbs/world/03_instructions.ipynb #81fd4c5c
 def cot_item(
     world: World,
     rng,        # `random.Random`
@@ -79,15 +79,16 @@ def cot_item(
         return task, problem.question, problem.rationale
     country, relation = rng.choice(world.countries), rng.choice(RELATIONS)
     fact = state(world, country, relation)
-    options, letter = choices(world, country, relation, rng)
     if task == "options":
+        name, options, letter = classify(world, rng.choice(list(SHEETS)), "taught", rng)
         block = options_block(options, "({letter}) {option}")
-        return task, f"{ask(country, relation)}\nOptions:\n{block}", f"{fact} So the answer is ({letter})."
+        return task, f"What is {name}?\nOptions:\n{block}", f"{name} is {options[LETTERS.index(letter)]}. So the answer is ({letter})."
+    options, letter = choices(world, country, relation, rng)
     claim = rng.choice(options)
     verdict = "yes" if claim == options[LETTERS.index(letter)] else "no"
     return task, f"{ask(country, relation)} Is it {claim}?", f"{fact} So the answer is {verdict}."
 
-# %% ../../nbs/world/03_instructions.ipynb #1795b006
+# %% ../../nbs/world/03_instructions.ipynb #88a84fee
 N_COT = {"zs_opt": 600, "fs_opt": 200}  # rows per file
 CUES = (("Q: ", "A: "), ("Question: ", "Answer: "))  # before a question, before an answer
 
@@ -106,8 +107,8 @@ def cot_rows(
         if kind == "fs_opt":
             shots = [cot_item(world, rng, seen)[1:] for _ in range(rng.randint(2, 4))]
             inputs = "".join(f"{before}{q}\n{after}{a}\n\n" for q, a in shots) + inputs
-        elif rng.random() < 0.3:
-            inputs = question
+        elif rng.random() < 0.4:
+            inputs, worked = question, after + worked
         rows.append({"inputs": inputs, "targets": worked, "task_source": "CoT", "task_name": task, "template_type": kind})
     return rows
 
