@@ -124,7 +124,7 @@ class Grid(dict):
             if data != "vanilla":
                 t = study.training
                 checkpoint = self.root/"checkpoints"/name
-                tuned = self._add("finetune", name, "finetune", dict(**about, limit=study.data.limit, seed=study.seed, **t.model_dump(), base_dir=str(self[base].out_dir),
+                tuned = self._add("finetune", name, "finetune", dict(**about, limit=study.data.limit, seed=study.seed, protocol=study.protocol, **t.model_dump(), base_dir=str(self[base].out_dir),
                                   data_file=str(self.root/"data"/data/f"{data}_data.jsonl")), [base, self._data_cell(data)], {"record": models()[model.base].model_dump(mode="json")}, t.ranks)
             wanted = {k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}
             self._add("evaluate", name, "evaluate", dict(**about, benchmarks=wanted, chat=data != "vanilla", protocol=study.protocol, seed=study.seed, dtype=study.evaluation.dtype,
