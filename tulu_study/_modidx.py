@@ -600,6 +600,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'tulu_study/world/instructions.py'),
                                                'tulu_study.world.instructions.dolly_rows': ( 'world/instructions.html#dolly_rows',
                                                                                              'tulu_study/world/instructions.py'),
+                                               'tulu_study.world.instructions.exercise': ( 'world/instructions.html#exercise',
+                                                                                           'tulu_study/world/instructions.py'),
                                                'tulu_study.world.instructions.node': ( 'world/instructions.html#node',
                                                                                        'tulu_study/world/instructions.py'),
                                                'tulu_study.world.instructions.node_id': ( 'world/instructions.html#node_id',

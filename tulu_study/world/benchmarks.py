@@ -6,10 +6,10 @@
 __all__ = ['N_GSM', 'N_DEV', 'N_TEST', 'FACT_SUBJECTS', 'KIND_SUBJECTS', 'RANGES', 'gsm_rows', 'exemplar_rows', 'fact_subject',
            'kind_subject', 'sum_subject', 'csv_text', 'mmlu_files']
 
-# %% ../../nbs/world/04_benchmarks.ipynb #4f130e13
+# %% ../../nbs/world/04_benchmarks.ipynb #b59dff37
 import csv, io
 
-from .facts import LETTERS, RELATIONS, SHEETS, World, ask, choices, names
+from .facts import LETTERS, RELATIONS, SHEETS, WORDINGS, World, ask, choices, names
 from .problems import Problem, TEMPLATES, all_sums, draw_problem, fill
 from .words import THINGS, stream
 
@@ -43,16 +43,16 @@ def exemplar_rows(
     rng.shuffle(problems)
     return [{"question": p.question, "cot_answer": p.rationale, "short_answer": p.answer} for p in problems]
 
-# %% ../../nbs/world/04_benchmarks.ipynb #92a1cac3
+# %% ../../nbs/world/04_benchmarks.ipynb #b542a5e8
 N_DEV, N_TEST = 5, 25  # rows of a dev file, of a test file
 FACT_SUBJECTS = {"high_school_geography": "capital", "high_school_world_history": "founder"}  # subject -> relation key
 KIND_SUBJECTS = {
-    "high_school_biology": ("household", "In a book of nature, what is {name}?"),
-    "nutrition": ("household", "In a kitchen, what would {name} be?"),
-    "global_facts": ("atlas", "On the map of the world, what is {name}?"),
-    "sociology": ("atlas", "When people speak of {name}, what do they mean?"),
-    "world_religions": ("atlas", "In the old songs, what is {name}?"),
-}  # subject -> (sheet of options, question)
+    "high_school_biology": ("household", 0),
+    "nutrition": ("household", 1),
+    "global_facts": ("atlas", 2),
+    "sociology": ("atlas", 3),
+    "world_religions": ("atlas", 4),
+}  # subject -> (sheet of options, index into `WORDINGS`)
 
 
 def fact_subject(
@@ -67,18 +67,18 @@ def fact_subject(
         rows.append([ask(country, relation), *options, letter])
     return rows
 
-# %% ../../nbs/world/04_benchmarks.ipynb #5cda9004
+# %% ../../nbs/world/04_benchmarks.ipynb #c4360375
 def kind_subject(
     world: World,
     subject: str,
 ) -> list:         # rows [question, A, B, C, D, letter], dev rows first
     "One subject's questions about what a name is, options in their fixed order. Names repeat only where a sheet has fewer than 30."
-    sheet, question = KIND_SUBJECTS[subject]
+    sheet, wording = KIND_SUBJECTS[subject]
     rng, options = stream(world.seed, f"mmlu/{subject}"), list(SHEETS[sheet])
     every = [(name, letter) for letter, pool in zip(LETTERS, SHEETS[sheet].values()) for name in names(world, pool, "tested")]
     while len(every) < N_DEV + N_TEST:
         every += every
-    return [[question.format(name=name), *options, letter] for name, letter in rng.sample(every, N_DEV + N_TEST)]
+    return [[WORDINGS[wording].format(name=name), *options, letter] for name, letter in rng.sample(every, N_DEV + N_TEST)]
 
 # %% ../../nbs/world/04_benchmarks.ipynb #8ae32e2d
 RANGES = {"1 or 2": (1, 2), "3 or 4": (3, 4), "5 or 6": (5, 6), "7, 8 or 9": (7, 9)}  # option -> smallest and largest result
