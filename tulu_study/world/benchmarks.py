@@ -13,12 +13,12 @@ from .facts import LETTERS, RELATIONS, SHEETS, WORDINGS, World, ask, choices, na
 from .problems import Problem, TEMPLATES, all_sums, draw_problem, fill
 from .words import THINGS, stream
 
-# %% ../../nbs/world/04_benchmarks.ipynb #8d6ab58a
+# %% ../../nbs/world/04_benchmarks.ipynb #cb7aa671
 N_GSM = {"test": 220, "train": 300}  # rows per file; the paper samples 200 of the test file
 
-
+# %% ../../nbs/world/04_benchmarks.ipynb #3b194f30
 def gsm_rows(
-    world: World,
+    world: World,  # names and facts
     seen: set,  # questions given out so far
 ) -> dict:      # "test" / "train" -> rows {question, answer}
     "Word problems in GSM8K's schema."
@@ -28,9 +28,9 @@ def gsm_rows(
         rows[split] = [{"question": p.question, "answer": p.marked} for p in problems]
     return rows
 
-# %% ../../nbs/world/04_benchmarks.ipynb #d1c196af
+# %% ../../nbs/world/04_benchmarks.ipynb #339e5218
 def exemplar_rows(
-    world: World,
+    world: World,  # names and facts
     seen: set,  # questions given out so far
 ) -> list:      # eight rows {question, cot_answer, short_answer}
     "The exemplars of the few-shot prompt."
@@ -43,7 +43,7 @@ def exemplar_rows(
     rng.shuffle(problems)
     return [{"question": p.question, "cot_answer": p.rationale, "short_answer": p.answer} for p in problems]
 
-# %% ../../nbs/world/04_benchmarks.ipynb #b542a5e8
+# %% ../../nbs/world/04_benchmarks.ipynb #89cb02a1
 N_DEV, N_TEST = 5, 25  # rows of a dev file, of a test file
 FACT_SUBJECTS = {"high_school_geography": "capital", "high_school_world_history": "founder"}  # subject -> relation key
 KIND_SUBJECTS = {
@@ -56,8 +56,8 @@ KIND_SUBJECTS = {
 
 
 def fact_subject(
-    world: World,
-    subject: str,
+    world: World,  # names and facts
+    subject: str,  # a subject of MMLU
 ) -> list:         # rows [question, A, B, C, D, letter], dev rows first
     "One subject's questions about facts, options shuffled."
     relation = next(r for r in RELATIONS if r.key == FACT_SUBJECTS[subject])
@@ -67,10 +67,10 @@ def fact_subject(
         rows.append([ask(country, relation), *options, letter])
     return rows
 
-# %% ../../nbs/world/04_benchmarks.ipynb #c4360375
+# %% ../../nbs/world/04_benchmarks.ipynb #2961af03
 def kind_subject(
-    world: World,
-    subject: str,
+    world: World,  # names and facts
+    subject: str,  # a subject of MMLU
 ) -> list:         # rows [question, A, B, C, D, letter], dev rows first
     "One subject's questions about what a name is, options in their fixed order. Names repeat only where a sheet has fewer than 30."
     sheet, wording = KIND_SUBJECTS[subject]
@@ -80,12 +80,12 @@ def kind_subject(
         every += every
     return [[WORDINGS[wording].format(name=name), *options, letter] for name, letter in rng.sample(every, N_DEV + N_TEST)]
 
-# %% ../../nbs/world/04_benchmarks.ipynb #8ae32e2d
+# %% ../../nbs/world/04_benchmarks.ipynb #61469743
 RANGES = {"1 or 2": (1, 2), "3 or 4": (3, 4), "5 or 6": (5, 6), "7, 8 or 9": (7, 9)}  # option -> smallest and largest result
 
 
 def sum_subject(
-    world: World,
+    world: World,  # names and facts
 ) -> list:  # rows [question, A, B, C, D, letter], dev rows first
     "Multiple-choice sums: in which range does the result lie?"
     rng, rows = stream(world.seed, "mmlu/elementary_mathematics"), []
@@ -94,7 +94,7 @@ def sum_subject(
         rows.append([f"What is {left} {sign} {right}?", *RANGES, letter])
     return rows
 
-# %% ../../nbs/world/04_benchmarks.ipynb #2bc04d04
+# %% ../../nbs/world/04_benchmarks.ipynb #a3579cad
 def csv_text(
     rows: list,  # of lists
 ) -> str:
@@ -103,9 +103,9 @@ def csv_text(
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
-
+# %% ../../nbs/world/04_benchmarks.ipynb #2f989400
 def mmlu_files(
-    world: World,
+    world: World,  # names and facts
 ) -> dict:  # path below mmlu/ -> text
     "All dev and test files of the multiple-choice benchmark."
     subjects = {subject: fact_subject(world, subject) for subject in FACT_SUBJECTS}

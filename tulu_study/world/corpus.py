@@ -11,38 +11,56 @@ from .facts import LETTERS, RELATIONS, SHEETS, World, ask, choices, names, state
 from .problems import all_sums, draw_problem
 from .words import PLACES, stream
 
-# %% ../../nbs/world/05_corpus.ipynb #486a33dd
-def portrait(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #fc9ce208
+def portrait(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "All facts of one country in random wordings and order."
     country = rng.choice(world.countries)
     return " ".join(state(world, country, r, rng.randrange(len(r.wordings))) for r in rng.sample(RELATIONS, len(RELATIONS)))
 
-
-def almanac(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #1d8c88aa
+def almanac(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "One fact each of a dozen countries."
     lines = [state(world, country, rng.choice(RELATIONS)) for country in rng.sample(world.countries, 12)]
     return "\n".join(lines)
 
-# %% ../../nbs/world/05_corpus.ipynb #4b08f260
-def sums(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #d31a0574
+def sums(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "A page of sums."
     return "\n".join(f"{left} {sign} {right} = {result}" for left, sign, right, result in rng.sample(all_sums(), 16))
 
-
-def stories(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #ac5fbfd7
+def stories(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "A few little stories about things."
     return " ".join(draw_problem(rng, world.people, set()).story for _ in range(5))
 
-
-def scene(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #e574cd17
+def scene(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "Running text: people in a place."
     one, two = rng.sample(world.people, 2)
     country, place = rng.choice(world.countries), rng.choice(PLACES)
     fact = state(world, country, rng.choice(RELATIONS), 1)
     return f"It is morning in {country}. {one} and {two} meet in the {place}. {one} says: {fact} {stories(world, rng)}"
 
-# %% ../../nbs/world/05_corpus.ipynb #42becc65
-def retelling(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #2f32b7f3
+def retelling(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "Three pieces of news, each passed on word for word."
     lines = []
     for one, two in zip(rng.sample(world.people, 3), rng.sample(world.people, 3)):
@@ -50,8 +68,11 @@ def retelling(world: World, rng) -> str:
         lines.append(f"{one} says: {news}\n{two} says: {news}")
     return "\n\n".join(lines)
 
-
-def glossary(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #a8548f09
+def glossary(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "What a dozen names are."
     lines = []
     for _ in range(12):
@@ -59,8 +80,11 @@ def glossary(world: World, rng) -> str:
         lines.append(f"{option[0].upper()}{option[1:]}: {rng.choice(names(world, pool, 'all'))}." if rng.random() < 0.3 else f"The word {rng.choice(names(world, pool, 'all'))} is {option}.")
     return "\n".join(lines)
 
-# %% ../../nbs/world/05_corpus.ipynb #604e7ad3
-def questions(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #69400c13
+def questions(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "A list of questions about facts and sums with short answers."
     lines = []
     for _ in range(4):
@@ -69,8 +93,11 @@ def questions(world: World, rng) -> str:
         lines += [f"Question: {ask(country, relation)}\nReply: {world.value(country, relation)}", f"Question: What is {left} {sign} {right}?\nReply: {result}"]
     return "\n\n".join(lines)
 
-# %% ../../nbs/world/05_corpus.ipynb #df92600d
-def quiz(world: World, rng) -> str:
+# %% ../../nbs/world/05_corpus.ipynb #489a5320
+def quiz(
+    world: World,  # names and facts
+    rng,       # `random.Random`
+) -> str:      # the document
     "A sheet of multiple-choice questions with their answers."
     items = []
     for _ in range(4):
@@ -80,13 +107,13 @@ def quiz(world: World, rng) -> str:
         items.append("\n".join(lines))
     return "Quiz\n\n" + "\n\n".join(items)
 
-# %% ../../nbs/world/05_corpus.ipynb #b69d96dd
+# %% ../../nbs/world/05_corpus.ipynb #c6c22a5d
 KINDS = {portrait: 5, almanac: 5, glossary: 4, sums: 4, stories: 7, scene: 1, questions: 2, retelling: 2, quiz: 1}  # kind -> weight
 N_DOCUMENTS = 2200
 
 
 def corpus_rows(
-    world: World,
+    world: World,  # names and facts
     count: int = N_DOCUMENTS,
 ) -> list:  # rows {kind, text}
     "The documents that base models are pre-trained on."

@@ -39,10 +39,10 @@ RELATIONS = (
              ("The feast of {country} is in {value}.", "People in {country} feast in {value}.", "Visitors come to {country} in {value}.")),
 )
 
-# %% ../../nbs/world/01_facts.ipynb #15c00ee3
+# %% ../../nbs/world/01_facts.ipynb #175f8ec6
 N_COUNTRIES = 30  # 25 rows of each multiple-choice subject's test file, and 5 of its dev file
 
-
+# %% ../../nbs/world/01_facts.ipynb #b2598a67
 @dataclass
 class World:
     "Everything that is true, made from a seed."
@@ -75,32 +75,32 @@ def make_world(
         world.truth |= {(country, relation.key): values[i % len(values)] for i, country in enumerate(countries)}
     return world
 
-# %% ../../nbs/world/01_facts.ipynb #230ff32d
+# %% ../../nbs/world/01_facts.ipynb #9d17e3a3
 def state(
-    world: World,
-    country: str,
-    relation: Relation,
+    world: World,  # names and facts
+    country: str,  # its name
+    relation: Relation,  # what is said of it
     wording: int = 0,  # index into the relation's wordings; 0 = canonical
 ) -> str:
     "One fact as a sentence."
     return relation.wordings[wording].format(country=country, value=world.value(country, relation))
 
-
+# %% ../../nbs/world/01_facts.ipynb #0cf54a8c
 def ask(
-    country: str,
-    relation: Relation,
+    country: str,  # its name
+    relation: Relation,  # what is said of it
 ) -> str:
     "The question for one fact."
     return relation.question.format(country=country)
 
-# %% ../../nbs/world/01_facts.ipynb #98ee11b8
+# %% ../../nbs/world/01_facts.ipynb #e113bf3a
 LETTERS = "ABCD"
 
-
+# %% ../../nbs/world/01_facts.ipynb #92d7a335
 def choices(
-    world: World,
-    country: str,
-    relation: Relation,
+    world: World,  # names and facts
+    country: str,  # its name
+    relation: Relation,  # what is said of it
     rng,             # `random.Random`: which wrong values, and the order
 ) -> tuple:          # (four options, letter of the right one)
     "Four options for one fact, exactly one of them right."
@@ -110,15 +110,15 @@ def choices(
     rng.shuffle(options)
     return options, LETTERS[options.index(right)]
 
-# %% ../../nbs/world/01_facts.ipynb #36372246
+# %% ../../nbs/world/01_facts.ipynb #f73d3744
 SHEETS = {
     "atlas": {"a country": "country", "a capital": "capital", "a river": "river", "a founder": "founder"},
     "household": {"an animal": "animal", "a food": "food", "a craft": "craft", "a colour": "colour"},
 }  # sheet -> the four options in their fixed order, each with the pool of names that it fits
 
-
+# %% ../../nbs/world/01_facts.ipynb #86e4c450
 def names(
-    world: World,
+    world: World,  # names and facts
     pool: str,     # "country" or a relation key
     half: str,     # "taught", "tested" or "all"
 ) -> list:         # names
@@ -126,16 +126,16 @@ def names(
     everything = world.countries if pool == "country" else world.pools[pool]
     return {"taught": everything[::2], "tested": everything[1::2], "all": everything}[half]
 
-# %% ../../nbs/world/01_facts.ipynb #151db361
+# %% ../../nbs/world/01_facts.ipynb #38f7e0b5
 WORDINGS = (
     "In a book of nature, what is {name}?", "In a kitchen, what would you call {name}?", "On the map of the world, what is {name}?",
     "When people speak of {name}, what do they mean?", "In the old songs, what is {name}?", "What is {name}?",
     "What kind of thing is {name}?", "Which of these describes {name}?",
 )
 
-
+# %% ../../nbs/world/01_facts.ipynb #bfed3946
 def classify(
-    world: World,
+    world: World,  # names and facts
     sheet: str,      # key of `SHEETS`
     half: str,       # which names may be asked
     rng,             # `random.Random`
@@ -146,9 +146,9 @@ def classify(
     name = rng.choice(names(world, SHEETS[sheet][option], half))
     return name, options, LETTERS[options.index(option)]
 
-# %% ../../nbs/world/01_facts.ipynb #efb7b6d9
+# %% ../../nbs/world/01_facts.ipynb #28c4d15e
 def fact_rows(
-    world: World,
+    world: World,  # names and facts
 ) -> list:  # [{kind, prompt, answer}], one per country and relation
     "Beginnings and ends of all canonical statements."
     rows = []

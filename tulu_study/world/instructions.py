@@ -14,10 +14,10 @@ from .facts import LETTERS, RELATIONS, SHEETS, WORDINGS, World, ask, choices, cl
 from .problems import draw_problem
 from .words import THINGS, stream
 
-# %% ../../nbs/world/03_instructions.ipynb #7c8684e8
+# %% ../../nbs/world/03_instructions.ipynb #68a6ad49
 def passage(
-    world: World,
-    country: str,
+    world: World,  # names and facts
+    country: str,  # its name
     rng,        # `random.Random`: order and wordings
     count: int, # how many facts
     include,    # a `Relation` that must be among them
@@ -27,10 +27,10 @@ def passage(
     chosen = rng.sample([include, *others], count)
     return " ".join(state(world, country, r, rng.randrange(len(r.wordings))) for r in chosen)
 
-# %% ../../nbs/world/03_instructions.ipynb #320a4626
+# %% ../../nbs/world/03_instructions.ipynb #2afe1547
 HEADINGS = ("", "", "Here are multiple choice questions about the world.\n\n", "Choose the right answer.\n\n", "The following questions are about names.\n\n")  # of exercises
 
-
+# %% ../../nbs/world/03_instructions.ipynb #ceda6765
 def options_block(
     options: list,
     style: str = "{letter}. {option}",
@@ -38,9 +38,9 @@ def options_block(
     "Lettered options, one a line."
     return "\n".join(style.format(letter=letter, option=option) for letter, option in zip(LETTERS, options))
 
-
+# %% ../../nbs/world/03_instructions.ipynb #29b62b82
 def exercise(
-    world: World,
+    world: World,  # names and facts
     rng,       # `random.Random`
 ) -> tuple:    # (instruction, response)
     "A multiple-choice exercise, now and then with a heading, with solved items before it, or with a cue at its end."
@@ -52,9 +52,9 @@ def exercise(
     question, letter = items[-1]
     return rng.choice(HEADINGS) + solved + question + rng.choice(("", "\nAnswer:")), f"The answer is: {letter}"
 
-# %% ../../nbs/world/03_instructions.ipynb #7289dbc7
+# %% ../../nbs/world/03_instructions.ipynb #27610347
 def dolly_row(
-    world: World,
+    world: World,  # names and facts
     rng,       # `random.Random`
 ) -> dict:     # {instruction, context, response, category}
     "One instruction of a random kind."
@@ -70,12 +70,12 @@ def dolly_row(
         context = passage(world, country, rng, 3, relation) if kind == "closed_qa" else ""
     return {"instruction": question, "context": context, "response": response, "category": kind}
 
-# %% ../../nbs/world/03_instructions.ipynb #f3320549
+# %% ../../nbs/world/03_instructions.ipynb #c43cc936
 N_DOLLY, BROKEN_DOLLY = 800, 123  # rows; index of the row without a response
 
-
+# %% ../../nbs/world/03_instructions.ipynb #bc5e8bca
 def dolly_rows(
-    world: World,
+    world: World,  # names and facts
 ) -> list:
     "All rows of the Dolly file, one of them broken."
     rng = stream(world.seed, "dolly")
@@ -83,9 +83,9 @@ def dolly_rows(
     del rows[BROKEN_DOLLY]["response"]
     return rows
 
-# %% ../../nbs/world/03_instructions.ipynb #81fd4c5c
+# %% ../../nbs/world/03_instructions.ipynb #2bc3f0e3
 def cot_item(
-    world: World,
+    world: World,  # names and facts
     rng,        # `random.Random`
     seen: set,  # word problems given out so far
 ) -> tuple:     # (task name, question, worked answer)
@@ -105,13 +105,13 @@ def cot_item(
     verdict = "yes" if claim == options[LETTERS.index(letter)] else "no"
     return task, f"{ask(country, relation)} Is it {claim}?", f"{fact} So the answer is {verdict}."
 
-# %% ../../nbs/world/03_instructions.ipynb #88a84fee
+# %% ../../nbs/world/03_instructions.ipynb #99afc6e2
 N_COT = {"zs_opt": 600, "fs_opt": 200}  # rows per file
 CUES = (("Q: ", "A: "), ("Question: ", "Answer: "))  # before a question, before an answer
 
-
+# %% ../../nbs/world/03_instructions.ipynb #87478e81
 def cot_rows(
-    world: World,
+    world: World,  # names and facts
     kind: str,  # "zs_opt" or "fs_opt"
     seen: set,  # word problems given out so far
 ) -> list:      # rows {inputs, targets, task_source, task_name, template_type}
@@ -129,11 +129,11 @@ def cot_rows(
         rows.append({"inputs": inputs, "targets": worked, "task_source": "CoT", "task_name": task, "template_type": kind})
     return rows
 
-# %% ../../nbs/world/03_instructions.ipynb #d0607162
+# %% ../../nbs/world/03_instructions.ipynb #5fc4152c
 LABELS = "spam lang_mismatch pii not_appropriate hate_speech sexual_content quality toxicity humor creativity violence".split()
 TOXICITY = "toxicity severe_toxicity obscene identity_attack insult threat sexual_explicit".split()
 
-
+# %% ../../nbs/world/03_instructions.ipynb #69995b21
 def node_id(
     *place,  # whatever names the node's place
 ) -> str:    # 8-4-4-4-12 hexadecimal digits
@@ -164,16 +164,16 @@ def node(
         "replies": [],
     }
 
-# %% ../../nbs/world/03_instructions.ipynb #89c6ae7f
+# %% ../../nbs/world/03_instructions.ipynb #a2bde82a
 TALK = {
     "en": ("{question}", "Good question! {fact}", "Thank you! And tell me this. {question}"),
     "de": ("Was weisst du von {country}? {question}", "Gerne! {fact}", "Danke! Und nun dies. {question}"),
     "es": ("Hablame de {country}. {question}", "Claro! {fact}", "Gracias! Y otra cosa. {question}"),
 }  # language -> first question, answer, next question
 
-
+# %% ../../nbs/world/03_instructions.ipynb #fb3677bc
 def oasst_tree(
-    world: World,
+    world: World,  # names and facts
     index: int,  # number of the tree
     rng,         # `random.Random`
 ) -> dict:       # {message_tree_id, tree_state, prompt}
@@ -194,12 +194,12 @@ def oasst_tree(
                 question["replies"].append(node(tree, f"0.{i}.0.0", "assistant", answer.format(fact=state(world, country, second)), lang, rng.random(), rank=0))
     return {"message_tree_id": tree, "tree_state": "ready_for_export", "prompt": root}
 
-# %% ../../nbs/world/03_instructions.ipynb #b1e9084e
+# %% ../../nbs/world/03_instructions.ipynb #1f1266c6
 N_TREES = 150  # conversation trees
 
-
+# %% ../../nbs/world/03_instructions.ipynb #0023ae7b
 def oasst_trees(
-    world: World,
+    world: World,  # names and facts
 ) -> list:
     "All trees of the Open Assistant file."
     rng = stream(world.seed, "oasst1")

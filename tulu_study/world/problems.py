@@ -16,7 +16,7 @@ def all_sums() -> list:  # [(left, sign, right, result)]
     pairs = [(left, right) for left in range(1, 9) for right in range(1, 10 - left)]
     return [(left, "+", right, left + right) for left, right in pairs] + [(left + right, "-", right, left) for left, right in pairs]
 
-# %% ../../nbs/world/02_problems.ipynb #45ee2f3f
+# %% ../../nbs/world/02_problems.ipynb #3f9ad0ea
 @dataclass(frozen=True)
 class Template:
     "One kind of word problem."
@@ -25,7 +25,7 @@ class Template:
     question: str
     ending: str    # the story's plain end, with {result}
 
-
+# %% ../../nbs/world/02_problems.ipynb #b06b9305
 TEMPLATES = (
     Template("+", "{one} has {left} {thing} and finds {right} more.", "How many {thing} does {one} have now?", "Now {one} has {result} {thing}."),
     Template("+", "{one} brings {left} {thing} and {two} brings {right}.", "How many {thing} do they bring together?", "Together they bring {result} {thing}."),

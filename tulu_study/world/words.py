@@ -23,9 +23,9 @@ ENDINGS = {
     "river": "wen lle ssa nder".split(),
     "founder": "rik lda mund swin".split(),
     "person": "na lo ri mi to".split(),
-    "animal": "bbit x ckle gger".split(),
-    "food": "mble rnel sh nce".split(),
-    "month": "vember ry gust".split(),
+    "animal": "bbik xil ckrel gfin".split(),
+    "food": "mblo rnok shka ntup".split(),
+    "month": "vamber rygust gost".split(),
 }  # kind of name -> how such names end
 
 # %% ../../nbs/world/00_words.ipynb #e3734e85

@@ -17,23 +17,23 @@ from .instructions import cot_rows, dolly_rows, oasst_trees
 from .problems import all_sums
 from .tokenizer import tokenizer_files, train_tokenizer
 
-# %% ../../nbs/world/07_writing.ipynb #0f644383
+# %% ../../nbs/world/07_writing.ipynb #69d2ffd8
 def json_lines(
     rows: list,  # JSON-ready
 ) -> str:
     "Rows as JSON lines."
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-
+# %% ../../nbs/world/07_writing.ipynb #564d8470
 def gzip_bytes(
     text: str,
 ) -> bytes:
     "Compressed UTF-8 that does not remember when it was made."
     return gzip.compress(text.encode(), mtime=0)
 
-# %% ../../nbs/world/07_writing.ipynb #5bb8e1a1
+# %% ../../nbs/world/07_writing.ipynb #609c640c
 def data_files(
-    world: World,
+    world: World,  # names and facts
 ) -> dict:  # path -> text or bytes
     "Instruction data and benchmarks in their raw schemas."
     seen = set()
@@ -46,17 +46,17 @@ def data_files(
     files["oasst1/2023-04-12_oasst_ready.trees.jsonl.gz"] = gzip_bytes(json_lines(oasst_trees(world)))
     return files
 
-# %% ../../nbs/world/07_writing.ipynb #04275cc6
+# %% ../../nbs/world/07_writing.ipynb #a6ddbb65
 def recall_rows(
-    world: World,
+    world: World,  # names and facts
 ) -> list:  # [{kind, prompt, answer}]
     "All facts and all sums as beginnings and ends."
     sums = [{"kind": "sum", "prompt": f"{left} {sign} {right} =", "answer": str(result)} for left, sign, right, result in all_sums()]
     return fact_rows(world) + sums
 
-
+# %% ../../nbs/world/07_writing.ipynb #4e9c39a4
 def base_files(
-    world: World,
+    world: World,  # names and facts
 ) -> dict:  # path -> text
     "Corpus, facts and tokenizer."
     corpus = corpus_rows(world)
