@@ -10,10 +10,10 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 
 ifdef SOURCES
-export TULU_SOURCES := $(abspath $(SOURCES))
+export TULU_SOURCES := $(shell realpath -m "$(SOURCES)")
 endif
 ifdef RESULTS
-export TULU_RESULTS := $(abspath $(RESULTS))
+export TULU_RESULTS := $(shell realpath -m "$(RESULTS)")
 endif
 # a study started by make ends with make
 export TULU_TIED := 1
@@ -40,7 +40,7 @@ doctor: setup
 
 lab: setup
 	@$(BIN)/python -m ipykernel install --sys-prefix --name tulu-study --display-name "Python (tulu_study)"
-	@$(BIN)/jupyter lab --notebook-dir .
+	@$(BIN)/jupyter lab --notebook-dir . $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 test: setup system-deps-if-root
 	@$(BIN)/python tests/gate.py

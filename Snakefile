@@ -1,12 +1,14 @@
 # The grid of one study: a rule for each stage, wildcards for dataset, base model and size. `tulu-study run STUDY` calls it (and `make study` calls that).
 # Which cells there are, what each needs and whether it is finished is decided by tulu_study.core.grid; a finished cell is a file done.<key> in its folder.
 # The executed notebooks lie beside it and are no output of a rule, so that a failed cell keeps its own for reading.
-import sys
+import os, shlex, sys
 from tulu_study.core import grid
 
 GRID = grid.load(config["study"])
 ROOT = str(GRID.root)
-CELL = f"exec {sys.executable} -m tulu_study cell {config['study']}"      # exec: the cell is Snakemake's own child and ends with it
+quoted = lambda text: shlex.quote(text).replace("{", "{{").replace("}", "}}")
+# exec: the cell is Snakemake's own child, knows it by its number, and ends with it
+CELL = f"exec env TULU_PARENT={os.getpid()} {quoted(sys.executable)} -m tulu_study cell {quoted(config['study'])}"
 
 
 def needs(stage, label="label"):

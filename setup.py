@@ -19,6 +19,7 @@ class BuildWithShare(build_py):
         share = Path(self.build_lib)/"tulu_study"/"_share"
         for name in SHARED:
             source, target = Path(name), share/name
+            if not source.exists(): raise FileNotFoundError(f"{name} is missing beside setup.py: the wheel would not find its params.")
             if source.is_dir(): shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
             else: target.parent.mkdir(parents=True, exist_ok=True); shutil.copy2(source, target)
 

@@ -13,7 +13,7 @@ from conftest import ROOT, notebook
 SLOW = """import time
 log = run.out_dir.parent.parent/'ticks.log'
 me = run.out_dir.parent.name + '/' + run.out_dir.name
-for tick in range(12):
+for tick in range(8):
     with open(log, 'a') as f: f.write(f'{me} {tick}\\n')
     time.sleep(0.1)
 (run.out_dir/f'{run.out_dir.name}_data.jsonl').write_text('{}')"""
@@ -24,6 +24,9 @@ def house(tmp_path):
     "The project with stand-in run notebooks."
     for name in ("tulu_study", "params"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "Snakefile"): shutil.copy(ROOT/name, tmp_path)
+    study = (tmp_path/"params"/"studies"/"smoke.yaml").read_text()
+    (tmp_path/"params"/"studies"/"smoke.yaml").write_text(study.replace("tables: [table1, table3]", "").replace("figures: [change_by_dataset]", ""))
+    (tmp_path/"params"/"studies"/"one.yaml").write_text((tmp_path/"params"/"studies"/"smoke.yaml").read_text().replace("study: smoke", "study: one").replace("[vanilla, dolly, cot]", "[vanilla, dolly]"))
     for path in (ROOT/"nbs"/"runs").glob("*.ipynb"):
         cell = next("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
         notebook(tmp_path/"nbs"/"runs"/path.name, cell, "from tulu_study.core.cells import start\nrun = start(globals())", SLOW, "run.finish()")
@@ -41,8 +44,8 @@ def finish(house, *words):
     return p.returncode, out
 
 
-def ticks(house):
-    log = house/"results"/"smoke"/"ticks.log"
+def ticks(house, study="smoke"):
+    log = house/"results"/study/"ticks.log"
     return log.read_text().splitlines() if log.exists() else []
 
 
@@ -72,28 +75,28 @@ def pick(level, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", ["run", "snakemake", "cell", "kernel"])
 def test_kill_then_the_same_command(house, level):
-    run = command(house, "run", "smoke", "--jobs", "2")
-    assert wait_for(lambda: any(t.startswith("data/") for t in ticks(house))), run.communicate()[0]
+    run = command(house, "run", "one", "--jobs", "2")
+    assert wait_for(lambda: any(t.startswith("data/") for t in ticks(house, "one"))), run.communicate()[0]
     below = tree(psutil.Process(run.pid))
-    finished = {p.parent.name for p in (house/"results"/"smoke").rglob("manifest.json")}
+    finished = {p.parent.name for p in (house/"results"/"one").rglob("manifest.json")}
     pick(level, run).send_signal(signal.SIGKILL)
     if level in ("run", "snakemake"):
         gone, alive = psutil.wait_procs([p for p in below if p.pid != run.pid], timeout=5)
         assert not alive, [p.cmdline() for p in alive if p.is_running()]
-        still = len(ticks(house))
+        still = len(ticks(house, "one"))
         time.sleep(1)
-        assert len(ticks(house)) == still, "an orphan goes on writing"
+        assert len(ticks(house, "one")) == still, "an orphan goes on writing"
         run.kill()
     run.communicate(timeout=240)
-    code, out = finish(house, "run", "smoke", "--jobs", "2")
+    code, out = finish(house, "run", "one", "--jobs", "2")
     assert code == 0, out
-    lines = ticks(house)
+    lines = ticks(house, "one")
     for name in {l.split()[0] for l in lines}:
-        count = sum(l == f"{name} 11" for l in lines)
+        count = sum(l == f"{name} 7" for l in lines)
         assert count == 1, f"{name} was completed {count} times"
         if name.split("/")[1] in finished: assert sum(l == f"{name} 0" for l in lines) == 1, f"{name} was finished and ran again"
-    code, out = finish(house, "run", "smoke")
-    assert code == 0 and "are done" in out and len(ticks(house)) == len(lines), "a second run starts no kernel"
+    code, out = finish(house, "run", "one")
+    assert code == 0 and "are done" in out and len(ticks(house, "one")) == len(lines), "a second run starts no kernel"
 
 
 @pytest.mark.slow
@@ -112,7 +115,7 @@ def test_a_failing_cell_does_not_stop_the_others(house):
     code, out = finish(house, "run", "smoke")
     assert code == 0, out
     lines = ticks(house)
-    assert sum(l == "base/" + l.split("/")[1].split()[0] + " 11" for l in lines if l.startswith("base/")) == 1, "what was finished is not run again"
+    assert sum(l == "base/" + l.split("/")[1].split()[0] + " 7" for l in lines if l.startswith("base/")) == 1, "what was finished is not run again"
 
 
 @pytest.mark.slow

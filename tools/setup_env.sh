@@ -14,7 +14,9 @@ PY
 command -v g++ >/dev/null || echo "Note: g++ was not found; DeepSpeed needs it on several CPU ranks (sudo make system-deps)." >&2
 
 echo "Setting up $venv ($EXTRA): about 4 GB and a minute or two, once. Log: $log"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+mkdir -p "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv" || {
+  echo "A virtual environment could not be made with $python. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" >>"$log" 2>&1; }
 fail() { tail -n 15 "$log" >&2; echo "Set-up failed; the whole log is $log. The same command continues." >&2; exit 1; }
 

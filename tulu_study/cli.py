@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, contextlib, fcntl, importlib.util, inspect, json, os, shutil, subprocess, sys, time
+import collections, contextlib, fcntl, importlib.util, inspect, json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -79,6 +79,7 @@ def _partial(grid: Grid, todo: list[str]) -> None:
         if cell.stage not in ("table", "figure") or grid.state(name).word == "done" or (cell.out_dir/"failed.json").exists(): continue
         lacking = [n for n in cell.needs if grid.state(n).word != "done"]
         if len(lacking) == len(cell.needs): continue
+        for other in lacking: grid.discard_stale(other)
         try: run_cell(cell.notebook, cell.params, cell.out_dir, cell.inputs | {"not_run": lacking})
         except CellError as e: print(f"{name}: not drawn from what there is: {str(e).splitlines()[-1]}")
         else: print(f"  {name}: drawn without {', '.join(lacking)}, which did not run")
@@ -130,17 +131,21 @@ def _hold_gpus(wanted: int):
     "Lock as many GPUs as a cell asks for and show it only those: Snakemake counts them, but assigns none. Slurm assigns them itself."
     ids = _gpus()
     if not wanted or not ids or os.environ.get("SLURM_JOB_ID"): yield; return
-    with contextlib.ExitStack() as stack:
-        mine = []
-        while len(mine) < wanted:
-            for gpu in (g for g in ids if g not in mine and len(mine) < wanted):
-                lock = open(Path(settings().results)/f".gpu-{gpu}.lock", "w")
+    if wanted > len(ids): raise CellError(f"This cell asks for {wanted} GPUs, and this machine shows {len(ids)}. Lower training.ranks in the study file, or run it where there are more.")
+    while True:
+        with contextlib.ExitStack() as stack:          # all of them or none: two cells that each hold half would wait for ever
+            mine = []
+            for gpu in ids:
+                lock = stack.enter_context(open(Path(tempfile.gettempdir())/f"tulu_study-{os.getuid()}-gpu-{gpu}.lock", "w"))
                 try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError: lock.close()
-                else: mine.append(gpu); stack.enter_context(lock)
-            if len(mine) < wanted: time.sleep(1)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        yield
+                except BlockingIOError: continue
+                mine.append(gpu)
+                if len(mine) == wanted: break
+            if len(mine) == wanted:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+                yield
+                return
+        time.sleep(1)
 
 
 @call_parse
@@ -150,7 +155,7 @@ def cell(
     force: bool = False,   # run even where it is done
 ):
     "Run one cell of a study (Snakemake calls this for each)."
-    die_with_parent()
+    die_with_parent(int(os.environ.get("TULU_PARENT", 0)) or None)
     grid = load(study)
     if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")
     known = read_manifest(grid[name].out_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tulu_study.core.files import hash_json, sha256_file, write_atomic
 from tulu_study.core.process import die_with_parent
-from tulu_study.core.settings import project_root, settings
+from tulu_study.core.settings import packaged_root, project_root, settings
 
 PLACES = ("_dir", "_root", "_file")             # endings of parameters that say where, not what: no part of a key
 OWNED = ("out_dir", "predictions_dir")          # places that a cell writes, cleared when it starts anew
@@ -62,9 +62,11 @@ def parameters(
                         "Tag the cell (JupyterLab: property inspector, cell tags).")
     source, found = tagged[0]["source"], {}
     lines = source.splitlines()
-    for node in ast.parse(source).body:
+    try: body = ast.parse(source).body
+    except SyntaxError as e: raise CellError(f"{path.name}: the parameters cell is not valid Python, line {e.lineno}: {e.msg}.") from None
+    for node in body:
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
-        if not isinstance(target, ast.Name): raise CellError(f"{path.name}: the parameters cell may hold only `name: type = literal`; found {ast.unparse(node)!r}.")
+        if not isinstance(target, ast.Name) or node.value is None: raise CellError(f"{path.name}: the parameters cell may hold only `name: type = literal`; found {ast.unparse(node)!r}.")
         try: default = ast.literal_eval(node.value)
         except ValueError: raise CellError(f"{path.name}: the default of parameter {target.id!r} is not a literal: {ast.unparse(node.value)!r}.") from None
         kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__.replace("NoneType", "None")
@@ -231,7 +233,7 @@ def _git() -> dict:
         try: return subprocess.run(["git", "-C", str(project_root()), *words], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired): return None
     head = ask("rev-parse", "HEAD")
-    if head is None or head.returncode: return {"commit": None, "dirty": None}
+    if head is None or head.returncode or project_root() == packaged_root(): return {"commit": None, "dirty": None}
     return {"commit": head.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no").stdout.strip())}
 
 
@@ -288,7 +290,7 @@ def start(
     params = {k: v for k, v in namespace.items() if not k.startswith("_") and k not in ("In", "Out") and isinstance(v, (str, int, float, bool, list, dict, type(None)))}
     if "out_dir" not in params: raise CellError("This notebook has no parameter out_dir: every run notebook says where its result goes.")
     pin(settings().threads)
-    if os.environ.get("TULU_CELL"): die_with_parent()
+    if os.environ.get("TULU_CELL"): die_with_parent(int(os.environ["TULU_CELL"]))
     os.environ.setdefault("TQDM_MININTERVAL", "5")
     out_dir = Path(params["out_dir"])
     out_dir = out_dir if out_dir.is_absolute() else project_root()/out_dir
@@ -313,11 +315,11 @@ def _only_one(out_dir: Path):
         yield
 
 
-def _clear(folders: list[Path]) -> None:
-    "Empty the folders that a cell owns, its lock aside."
+def clear(folders: list[Path]) -> None:
+    "Empty the folders that a cell owns. Its lock stays, and so does the mark that the folder is a cell's: a kill in the middle leaves a folder that can be cleared again."
     for folder in folders:
         for path in folder.glob("*") if folder.is_dir() else ():
-            if path.name != ".lock": shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name not in (".lock", "attempt.json"): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _begin(out_dir: Path, owned: list[Path], key: str, force: bool) -> None:
@@ -325,10 +327,10 @@ def _begin(out_dir: Path, owned: list[Path], key: str, force: bool) -> None:
     attempt = out_dir/"attempt.json"
     try: same = json.loads(attempt.read_text())["key"] == key
     except (OSError, json.JSONDecodeError, KeyError): same = False
-    strangers = [p for p in out_dir.glob("*") if p.name not in (".lock", "attempt.json", "manifest.json", "failed.json")]
-    if not same and strangers and not attempt.exists():
-        raise CellError(f"{out_dir} holds files that no cell of this study wrote ({strangers[0].name}, …). Give an empty folder, or move them away.")
-    if force or not same: _clear(owned)
+    strangers = [p for folder in owned for p in folder.glob("*") if p.name not in (".lock", "manifest.json", "failed.json")]
+    if strangers and not attempt.exists():
+        raise CellError(f"{strangers[0].parent} holds files that this cell did not write ({strangers[0].name}, …). Give an empty folder, or move them away.")
+    if force or not same: clear(owned)
     for name in ("manifest.json", "failed.json", "result.json"): (out_dir/name).unlink(missing_ok=True)
     for stamp in out_dir.glob("done.*"): stamp.unlink()
     write_atomic(attempt, json.dumps({"key": key, "pid": os.getpid()}))
@@ -344,12 +346,17 @@ def _execute(path: Path, executed: Path, params: dict) -> None:
     import logging, papermill
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    pin(settings().threads)
-    os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()))
+    site, before = settings(), dict(os.environ)
+    pin(site.threads)
+    os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()), TULU_CACHE=str(site.cache), TULU_RESULTS=str(site.results))
+    if site.sources: os.environ["TULU_SOURCES"] = str(site.sources)
     try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as e:
         lines = [line for line in (f"{e.ename}: {e.evalue}" if e.evalue else e.ename).splitlines() if line.strip()]
         raise CellError("\n".join(lines)) from None
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _fail(out_dir: Path, error: BaseException, executed: Path, key: str) -> None:
@@ -371,9 +378,11 @@ def run_cell(
     Raises CellError before a kernel starts for a notebook without exactly one `parameters` cell and for unknown or mistyped parameters; after it, for a
     notebook that fails, writes no result, or used other parameters than those asked for."""
     path, out_dir = notebook_path(notebook), Path(out_dir).resolve()
+    if "out_dir" not in parameters(path): raise CellError(f"{path.name} has no parameter 'out_dir': every run notebook declares one (`out_dir: str = \"results/try\"`), which run_cell sets to the cell's folder.")
     params = check_parameters(path, {**params, "out_dir": str(out_dir)})
-    key, executed = cell_key(path, params, inputs), out_dir/path.name
-    owned = [out_dir] + [Path(params[k]) for k in OWNED[1:] if params.get(k)]
+    inputs = _places(params) if inputs is None else inputs
+    key, executed, code = cell_key(path, params, inputs), out_dir/path.name, code_parts(path, params)
+    owned = [out_dir] + [project_root()/params[k] for k in OWNED[1:] if params.get(k)]
     with _only_one(out_dir):
         done = read_manifest(out_dir)
         if done and not force and done["key"] == key and not missing_outputs(out_dir, done): return done
@@ -382,10 +391,12 @@ def run_cell(
         try:
             _execute(path, executed, params)
             result = _result(out_dir, path, params)
+            if edited := [n for n, h in code_parts(path, params).items() if code.get(n) != h]:
+                raise CellError(f"{', '.join(edited)} changed while {path.name} ran, so nobody can say which code made its result. Run it again.")
         except BaseException as e:
             _fail(out_dir, e, executed, key)
             raise
-        manifest = {"notebook": path.stem, "key": key, "parameters": params, "code": code_parts(path, params), "inputs": _inputs(params, inputs, result), "outputs": _outputs(out_dir, owned),
+        manifest = {"notebook": path.stem, "key": key, "parameters": params, "code": code, "inputs": _places(params) | inputs | (result.get("inputs") or {}), "outputs": _outputs(out_dir, owned),
                     "versions": versions(), "git": _git(), "hardware": hardware(), "engine": result.get("engine"), "tokens": result.get("tokens"), "timings": result["timings"],
                     "seconds": round(time.perf_counter() - clock, 3), "began": began.isoformat(timespec="seconds"), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
         write_atomic(out_dir/"manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -401,12 +412,13 @@ def _result(out_dir: Path, path: Path, params: dict) -> dict:
     return result
 
 
-def _inputs(params: dict, given: dict | None, result: dict) -> dict:
-    "What the cell read: the identities it was started with, hashes of input files, keys of input folders that are cells, and what the notebook reports."
-    found = dict(given or {})
+def _places(params: dict) -> dict:
+    "What lies at the places that a cell reads: hashes of files, keys of folders that are cells, names and sizes of what other folders hold."
+    found = {}
     for name, value in params.items():
         if not name.endswith(PLACES) or name in OWNED or not value: continue
-        place = Path(value)
+        place = project_root()/value
         if place.is_file(): found[name] = {"sha256": sha256_file(place)}
         elif manifest := read_manifest(place): found[name] = {"cell": manifest["key"]}
-    return found | (result.get("inputs") or {})
+        elif place.is_dir(): found[name] = {"listing": hash_json([[str(p.relative_to(place)), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(place.rglob("*")) if p.is_file()])}
+    return found

@@ -179,6 +179,14 @@ class Grid(dict):
         if changed := [n for n in cell.needs if needs.get(n) != self[n].key]: return "input changed: " + ", ".join(changed[:3])
         return "raw files or registry record changed"
 
+    def discard_stale(self, name: str) -> None:
+        "Clear what an unfinished cell holds from other code or parameters, so that nobody reads it as this study's."
+        cell = self[name]
+        try: same = json.loads((cell.out_dir/"attempt.json").read_text(encoding="utf-8"))["key"] == cell.key
+        except (OSError, json.JSONDecodeError, KeyError): same = False
+        if not same and (cell.out_dir/"attempt.json").exists():
+            door.clear([cell.out_dir, *(Path(cell.params[k]) for k in door.OWNED[1:] if cell.params.get(k) and cell.stage == "evaluate")])
+
     def sync(self) -> list[str]:
         "Make the stamps that Snakemake sees agree with the manifests, and return the names of unfinished cells."
         todo = []

@@ -5,25 +5,22 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(
-    watch: int | None = None,   # process id to outlive by at most a second, None = the parent
+    parent: int | None = None,   # process id of the parent, where the caller was told; None = whoever it is now
 ) -> None:
     """Ask for this process to end when its parent does, however the parent ends.
 
-    On Linux the kernel sends SIGKILL at the moment of the parent's death. Elsewhere, and for a parent that had died before the call, a
-    thread looks once a second."""
-    parent = watch or os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if watch is None and os.getppid() != parent: os._exit(137)
-    if watch is not None or sys.platform != "linux":
-        threading.Thread(target=_watch, args=(parent, watch is None), daemon=True, name="die-with-parent").start()
+    On Linux the kernel sends SIGKILL at the moment of the parent's death; elsewhere a thread looks once a second. A parent that died before the call is noticed
+    where its id is given."""
+    expected = parent or os.getppid()
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else: threading.Thread(target=_watch, args=(expected,), daemon=True, name="die-with-parent").start()
+    if os.getppid() != expected: os._exit(137)
 
 
-def _watch(pid: int, is_parent: bool) -> None:
-    "Leave as soon as `pid` is gone."
-    while True:
-        if (os.getppid() != pid) if is_parent else not alive(pid): os._exit(137)
-        time.sleep(1)
+def _watch(parent: int) -> None:
+    "Leave as soon as the parent is another one."
+    while os.getppid() == parent: time.sleep(1)
+    os._exit(137)
 
 
 def alive(
