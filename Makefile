@@ -53,7 +53,7 @@ $(READY): pyproject.toml setup.py tools/setup_env.sh
 # Debian packages that features need: g++ (DeepSpeed on several CPU ranks), bubblewrap (sandbox of generated code)
 DEBIAN := g++ bubblewrap
 system-deps:
-	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN)
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 $(DEBIAN) >/dev/null
 
 .PHONY: system-deps-if-root
 system-deps-if-root:

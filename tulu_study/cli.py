@@ -216,22 +216,22 @@ def _reachable(url: str) -> bool:
 def doctor():
     "Say what will work on this machine, and what to install for the rest."
     site, checks = settings(), []
-    def check(what, ok, found, advice=""):
-        checks.append(["✓" if ok else "✗", what, found + ("" if ok or not advice else f"  → {advice}")])
+    def check(what, ok, found, advice="", needed=True):
+        checks.append(["✓" if ok else "✗" if needed else "–", what, found + ("" if ok or not advice else f"  → {advice}")])
     extra = "pip install 'tulu-study[gpu]'" if _gpus() else "pip install 'tulu-study[cpu]' (make setup)"
     check("Python", (3, 10) <= sys.version_info[:2] < (3, 13), sys.version.split()[0], "use Python 3.10 to 3.12")
     for what, module in {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}.items(): check(what, *_can_import(module), extra)
-    check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps")
-    check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs")
-    check("sandbox for generated code", bool(shutil.which("bwrap")), shutil.which("bwrap") or "bubblewrap not found", "make system-deps (needed by Codex-Eval alone)")
+    check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps", False)
+    check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs", needed=False)
+    check("sandbox for generated code", bool(shutil.which("bwrap")), shutil.which("bwrap") or "bubblewrap not found", "make system-deps (needed by Codex-Eval alone)", False)
     site.results.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(site.results).free / 2**30
     check("disk for results", free > 5, f"{free:.0f} GiB free", "nano needs 1 GiB, mini 5 GiB; set [roots] results")
-    check("sources root", site.sources is not None and site.sources.is_dir(), str(site.sources or "none set"), "only needed where the hub cannot be reached (settings.ini, [roots] sources)")
+    check("sources root", site.sources is not None and site.sources.is_dir(), str(site.sources or "none set"), "only needed where the hub cannot be reached (settings.ini, [roots] sources)", False)
     hub = _reachable("https://huggingface.co")
-    check("Hugging Face hub", hub, "answers" if hub else "does not answer", "downloads will fail; set a sources root")
-    check("Slurm", bool(shutil.which("sbatch")), shutil.which("sbatch") or "no sbatch", "only needed for [executor] profile = slurm")
-    print(_table(checks, ["", "check", "found"]))
+    check("Hugging Face hub", hub, "answers" if hub else "does not answer", "downloads will fail; set a sources root (the nano study needs neither)", False)
+    check("Slurm", bool(shutil.which("sbatch")), shutil.which("sbatch") or "no sbatch", "only needed for [executor] profile = slurm", False)
+    print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
 COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "doctor": doctor}
