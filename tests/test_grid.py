@@ -38,7 +38,7 @@ def add_code(path): path.write_text(path.read_text() + "\n_edited = 1\n")
 
 def test_nano_has_every_stage(house):
     names = set(keys(house))
-    assert {"world", "convert-dolly", "convert-cot", "convert-oasst1", "mix-nano_mix", "pretrain-nano-llama-s", "finetune-7B-dolly", "evaluate-7B-vanilla", "table-table1"} <= names
+    assert {"world", "convert-dolly", "convert-cot", "convert-oasst1", "mix-nano_mix", "pretrain-nano-llama-s", "finetune-13B-dolly", "evaluate-7B-vanilla", "table-table1"} <= names
     assert "finetune-7B-vanilla" not in names
 
 
@@ -94,7 +94,9 @@ def test_a_parameter_edit_moves_what_depends_on_it(house):
 
 def test_a_registry_record_counts(house):
     before = keys(house)
-    edit(house/"params"/"models.yaml", "nano-llama-s:", "nano-llama-s:\n    note: edited") if "note:" not in (house/"params"/"models.yaml").read_text().split("nano-llama-m")[0].split("nano-llama-s:")[1] else edit(house/"params"/"models.yaml", "note:", "note: edited")
+    path = house/"params"/"models.yaml"
+    head, tail = path.read_text().split("nano-llama-s:", 1)
+    path.write_text(head + "nano-llama-s:" + tail.replace("steps: ", "steps: 1", 1))
     got = moved(before, keys(house))
     assert "pretrain-nano-llama-s" in got and "pretrain-nano-llama-m" not in got
 
