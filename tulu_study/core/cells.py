@@ -373,7 +373,7 @@ def run_cell(
     inputs: dict | None = None,    # what else identifies the cell (see cell_key)
     force: bool = False,           # run even where the manifest says that it is done, and start from nothing
 ) -> dict:                         # the manifest
-    """Execute one cell, unless its manifest says that exactly this was done (design, decisions 3 and 4).
+    """Execute one cell, unless its manifest says that exactly this was done.
 
     Raises CellError before a kernel starts for a notebook without exactly one `parameters` cell and for unknown or mistyped parameters; after it, for a
     notebook that fails, writes no result, or used other parameters than those asked for."""

@@ -1,6 +1,6 @@
 """The set of cells that a study file asks for: names, notebooks, parameters, folders, what needs what, and the state of each.
 
-Snakemake runs the grid (design, decision 5). What it may ask for, and whether a cell is finished, is decided here, from manifests alone. A cell's key covers its code,
+Snakemake runs the grid. What it may ask for, and whether a cell is finished, is decided here, from manifests alone. A cell's key covers its code,
 its parameters and the keys of all cells before it, so an edit anywhere changes exactly the keys after it. For each finished cell Snakemake sees an empty file
 `done.<key>`: a changed key is a file that does not exist yet, and nothing has to be compared by time."""
 import json, os

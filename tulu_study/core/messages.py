@@ -43,7 +43,7 @@ def _order_problems(
 def check_messages(
     messages,  # list of {role, content}
 ) -> list[str]:  # one sentence for each problem; empty when the conversation is sound
-    "Say everything that is wrong with a list of messages (spec: datasets, section 1)."
+    "Say everything that is wrong with a list of messages."
     if not isinstance(messages, (list, tuple)):
         return [f"found {type(messages).__name__}, expected a list of messages"]
     if not messages:
@@ -57,7 +57,7 @@ def render_chat(
     eos: str,  # the tokenizer's end-of-sequence string, such as "</s>"
     add_generation_prompt: bool = False,  # end with the assistant's header, ready to generate
 ) -> str:  # the text that the model is trained on
-    "Write a conversation in the Tülu chat format; ValueError for an empty list or an unknown role (spec: training, section 2.1)."
+    "Write a conversation in the Tülu chat format; ValueError for an empty list or an unknown role."
     if not messages:
         raise ValueError("messages field is empty: a conversation needs at least one message")
     text = ""
@@ -75,7 +75,7 @@ def render_eval_chat(
     bos: str = "<s>",  # beginning-of-sequence string, used when add_bos
     add_bos: bool = False,  # put bos in front
 ) -> str:  # a prompt that ends with the assistant's header
-    "Write the paper's evaluation prompt; ValueError for an unknown role (spec: evaluation, chat prompts)."
+    "Write the paper's evaluation prompt; ValueError for an unknown role."
     text = bos if add_bos else ""
     for index, message in enumerate(messages):
         if problem := _message_problem(index, message):

@@ -49,7 +49,7 @@ class Dataset(Source):
     options: dict = {}                # the converter's keyword arguments
 
 class Mix(Record):
-    "A named concatenation of datasets, in order (spec of the datasets, section 4)."
+    "A named concatenation of datasets, in order."
     key: str                          # e.g. "human_mix"
     name: str                         # as tables print it
     parts: list[str] = Field(min_length=1)  # dataset keys, in file order
@@ -111,7 +111,7 @@ class StudyData(Record):
 
 # %% ../../nbs/core/01_params.ipynb #70f4c944
 class StudyTraining(Record):
-    "Settings of fine-tuning; the defaults are the paper's for 7B and 13B."
+    "Settings of fine-tuning; the defaults are the paper's for 7B and 13B, but for batch_size (the authors' code), loss and zero_stage (this study's)."
     epochs: float = Field(2, gt=0)
     learning_rate: float = Field(2e-5, gt=0)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -276,7 +276,7 @@ def _unknown(
 def load_study(
     name: str,      # a study of params/studies, or a path to a study file of yours (ending in .yaml)
 ) -> Study:         # the checked study
-    "Read and check a study file. Raises ParamsError with every problem, file and line."
+    "Read and check a study file. Raises ParamsError with every problem of the schema or, where it fits, of the names, with file and line."
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else params_dir()/"studies"/f"{name}.yaml"
     if not path.exists():
         there = sorted(p.stem for p in (params_dir()/"studies").glob("*.yaml"))

@@ -28,7 +28,7 @@ def packaged_root() -> Path:  # a folder inside the installed package
 
 # %% ../../nbs/core/00_settings.ipynb #2a42f83c
 def project_root() -> Path:  # the folder with settings.ini, params/ and nbs/
-    "Find the project's root (design, section 2). Raises FileNotFoundError when `TULU_ROOT` names a folder that is none."
+    "Find the project's root. Raises FileNotFoundError when `TULU_ROOT` names a folder that is none."
     if named := os.environ.get("TULU_ROOT"):
         if not _is_root(Path(named)):
             raise FileNotFoundError(f"TULU_ROOT is {named!r}, but {Path(named)/'settings.ini'} is missing or not this project's. Point TULU_ROOT at a checkout, or unset it.")

@@ -123,7 +123,7 @@ def generator_for(
     protocol: str,  # "fixed" names the stream after the dataset, every other protocol is the reference's
     seed: int,  # the study's seed
 ) -> random.Random:  # a private stream
-    "The generator that a dataset's templates and samples are drawn from (spec: datasets, section 1)."
+    "The generator that a dataset's templates and samples are drawn from."
     return random.Random(f"{key}-{seed}" if protocol == "fixed" else seed)
 
 # %% ../../nbs/data/02_conversion.ipynb #1d4559c9
@@ -228,7 +228,7 @@ def token_lengths(
     name: str,  # what to call it in the report
     batch: int = 256,  # conversations tokenised together
 ) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it)
-    "Token lengths of a set of conversations (spec: datasets, section 6)."
+    "Token lengths of a set of conversations."
     lengths, totals, waiting = {"system": [], "user": [], "assistant": []}, [], []
     def flush():
         flat = [message for row in waiting for message in row["messages"]]

@@ -26,6 +26,6 @@ def convert_dolly(
     *,
     num_examples: int | None = None,  # sub-sample before the templates are drawn; None keeps all
 ):  # yields (number, messages)
-    "Lay out every record with a random template (spec: datasets, section 3.4)."
+    "Lay out every record with a random template."
     for i, triple in enumerate(sampled(raw.items(raw.files[0], read_dolly), num_examples, rng)):
         yield i, as_messages(encode_instruction_example(*triple, rng=rng))

@@ -32,7 +32,7 @@ def mix_datasets(
     data_dir: str | Path,  # folder with the parts
     out_dir: str | Path,  # the files go to <out_dir>/<key>/
 ) -> Report:  # n_in = conversations read, n_out = conversations written
-    "Concatenate the parts of a mix, in order; DatasetError when it or a part does not exist (spec: datasets, section 4)."
+    "Concatenate the parts of a mix, in order; DatasetError when it or a part does not exist."
     record = mix if isinstance(mix, Mix) else mixes().get(mix)
     if record is None:
         raise DatasetError(f"no mix {mix!r} in params/datasets.yaml; there are {', '.join(mixes())}")

@@ -42,7 +42,7 @@ def paths_below(
     top_k: int | None = None,  # best-rated replies to keep
     june2023: bool = False,  # every assistant message ends a path
 ):  # yields lists of {role, content}
-    "Walk a tree depth first and yield its conversations; BadRecord for a node that is not as described (spec: datasets, section 3.5)."
+    "Walk a tree depth first and yield its conversations; BadRecord for a node that is not as described."
     text, role = text_of(node, "text"), text_of(node, "role")
     if role not in ROLE_OF:
         raise BadRecord("unknown_role", f"found role {role!r}, expected {' or '.join(ROLE_OF)}")
@@ -78,6 +78,6 @@ def convert_oasst1(
     june2023: bool = False,  # the same as the protocol of that name
     num_examples: int | None = None,  # sub-sample of the trees; None keeps all
 ):  # yields (number, messages)
-    "Yield every path from a root to a leaf answer (spec: datasets, section 3.5)."
+    "Yield every path from a root to a leaf answer."
     read = partial(read_tree, top_k=top_k_reply, june2023=june2023 or protocol == "june2023")
     yield from enumerate(path for paths in sampled(raw.items(raw.files[0], read), num_examples, rng) for path in paths)

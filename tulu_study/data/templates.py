@@ -59,7 +59,7 @@ def encode_instruction_example(
     random_template: bool = True,  # draw a layout; otherwise the plain one
     eos: str = "",  # appended to the completion
 ) -> dict:  # {"prompt", "completion"}
-    "Lay out one example (spec: datasets, sections 2.1, 2.2 and 2.4)."
+    "Lay out one example."
     has_input = input is not None and input.strip() != ""
     table = WITH_INPUT if has_input else WITHOUT_INPUT
     template = rng.choices(table, weights=[row.weight for row in table])[0] if random_template else table[0]
@@ -74,7 +74,7 @@ def encode_few_shot_example(
     output: str,  # its answer
     eos: str = "",  # appended to the completion
 ) -> dict:  # {"prompt", "completion"}
-    "Lay out one example with demonstrations; draws nothing (spec: datasets, section 2.3)."
+    "Lay out one example with demonstrations; draws nothing."
     shown = "".join(f"Input:\n{pair['input'].strip()}\nOutput:\n{pair['output'].strip()}\n\n" for pair in exemplars)
     return {"prompt": f"{instruction.strip()}\n\n{shown}Input:\n{input.strip()}\nOutput:\n", "completion": output.strip() + eos}
 

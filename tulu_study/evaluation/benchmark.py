@@ -33,7 +33,7 @@ def draw(
     n: int | None,  # how many; None or at least len(rows): all, in file order, without touching the stream
     stream: random.Random,  # the benchmark's generator, shared with later draws
 ) -> list:  # the sample, in the order drawn
-    "Sample as the reference does (spec: evaluation 0.1, 2)."
+    "Sample as the reference does."
     return stream.sample(rows, n) if n is not None and n < len(rows) else list(rows)
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #931ccba0
@@ -78,7 +78,7 @@ def chat_prompt(
     user_text: str,  # the user's turn
     cue: str,  # how the assistant's turn begins
 ) -> str:  # ready for the tokenizer, without BOS
-    "Wrap a prompt in the Tülu chat format and append the answer cue (spec: evaluation 0.2)."
+    "Wrap a prompt in the Tülu chat format and append the answer cue."
     formatted = render_eval_chat([{"role": "user", "content": user_text}], eos="</s>")
     return formatted + cue if formatted.endswith(("\n", " ")) else f"{formatted} {cue}"
 
@@ -112,7 +112,7 @@ def examples(
     n: int | str | None = None,  # None: the paper's sample; "all"; or a number of examples
     per_group: int | None = None,  # at most so many of each group
 ) -> list:  # of Example
-    "The questions to ask, in order (spec: evaluation 0.1). Raises ValueError for a wrong `n` or `per_group`."
+    "The questions to ask, in order. Raises ValueError for a wrong `n` or `per_group`."
     if not (n is None or n == "all" or (isinstance(n, int) and n > 0)):
         raise ValueError(f"benchmark {self.record.key}: n is {n!r}; expected None, 'all' or a positive number")
     stream = random.Random(42)

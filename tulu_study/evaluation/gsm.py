@@ -26,7 +26,7 @@ NUMBER_FIXED = re.compile(r"(?:(?<![\w.)])[-+−]\s?)?\$?(?:\d+(?:\.\d+)?|\.\d+)
 def join_thousands(
     text: str,  # any text
 ) -> str:  # without commas between two digits
-    "Delete commas between digits, from left to right (spec: evaluation 2)."
+    "Delete commas between digits, from left to right."
     return re.sub(r"(\d),(\d)", r"\1\2", text)
 
 # %% ../../nbs/evaluation/02_gsm.ipynb #5197e00f
@@ -34,7 +34,7 @@ def last_number(
     text: str,  # what the model wrote
     protocol: str = "paper",  # "paper": negative integers lose their sign; "fixed": they keep it
 ) -> str:  # the last number as text; the whole text where there is none
-    "The last number in a text (spec: evaluation 2, known bug A17)."
+    "The last number in a text."
     text = join_thousands(text)
     found = (NUMBER_PAPER if protocol == "paper" else NUMBER_FIXED).findall(text)
     if not found: return text
@@ -70,7 +70,7 @@ def demonstration(
     setting: str,  # "cot" or "direct"
     protocol: str = "paper",  # "paper" keeps the misspelling of the direct mode
 ) -> str:  # two lines of text
-    "One solved example (spec: evaluation 2, known bug A18)."
+    "One solved example."
     if setting == "cot": return f"Question: {exemplar['question']}\nAnswer: {exemplar['cot_answer']}"
     word = "Quesion" if protocol == "paper" else "Question"
     return f"{word}: {exemplar['question']}\nAnswer: {exemplar['short_answer']}"
@@ -117,6 +117,6 @@ def prompt(
     example: Example,  # one of `examples()`
     chat: bool = False,  # the cue begins the assistant's turn instead of ending the user's
 ) -> str:  # what the model sees, without BOS
-    "The prompt in plain or chat format (spec: evaluation 2)."
+    "The prompt in plain or chat format."
     asked = f"{self.prefix}Question: {example.fields['question'].strip()}"
     return chat_prompt(asked, self.cue) if chat else f"{asked}\n{self.cue}"

@@ -14,7 +14,7 @@ from collections import Counter
 def strip_punctuation(
     text: str,  # any text
 ) -> str:  # the text without the 32 ASCII punctuation characters; white space stays
-    "Delete ASCII punctuation (spec: evaluation 0.8)."
+    "Delete ASCII punctuation."
     return text.translate(str.maketrans("", "", string.punctuation))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #74e04b20
@@ -24,7 +24,7 @@ def exact_match(
     ignore_case: bool = True,  # compare lower-cased
     ignore_punctuation: bool = True,  # delete ASCII punctuation first, signs and decimal points included
 ) -> float:  # 1.0 or 0.0
-    "Exact match of two strings as the `evaluate` library counts it (spec: evaluation 0.8)."
+    "Exact match of two strings as the `evaluate` library counts it."
     if ignore_case: prediction, reference = prediction.lower(), reference.lower()
     if ignore_punctuation: prediction, reference = strip_punctuation(prediction), strip_punctuation(reference)
     return float(prediction == reference)
@@ -33,7 +33,7 @@ def exact_match(
 def squad_normalise(
     text: str,  # an answer in any language
 ) -> str:  # words separated by one blank
-    "SQuAD v1 normalisation: case, ASCII punctuation, English articles, white space (spec: evaluation 5)."
+    "SQuAD v1 normalisation: case, ASCII punctuation, English articles, white space."
     without_articles = re.sub(r"\b(a|an|the)\b", " ", strip_punctuation(text.lower()))
     return " ".join(without_articles.split())
 
@@ -62,5 +62,5 @@ def squad_f1(
     prediction: str,  # the model's answer
     references: list,  # accepted answers, each a str
 ) -> float:  # 0..1, best over the references
-    "SQuAD F1, best over the references (spec: evaluation 5; the paper reports it for TydiQA)."
+    "SQuAD F1, best over the references (the paper reports it for TydiQA)."
     return max(word_f1(prediction, reference) for reference in references)

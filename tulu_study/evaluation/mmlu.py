@@ -70,7 +70,7 @@ def read_rows(
     protocol: str = "paper",  # "paper": pandas' defaults; "fixed": every cell as text
     where: str = "csv",  # file name, for errors
 ):  # pandas DataFrame with columns 0..5
-    "Read question, four options and letter (spec: evaluation 1). Raises ValueError when columns are missing."
+    "Read question, four options and letter. Raises ValueError when columns are missing."
     import pandas as pd
     options = {} if protocol == "paper" else {"dtype": str, "keep_default_na": False}
     table = pd.read_csv(io.BytesIO(csv), header=None, **options)
@@ -92,7 +92,7 @@ def question_text(
     cells: list,  # question, four options, letter
     answered: bool = False,  # an exemplar: with its letter and a blank line
 ) -> str:  # ends in "Answer:" or after the exemplar's blank line
-    "One question with its options (spec: evaluation 1)."
+    "One question with its options."
     options = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, cells[1:5]))
     return f"{cells[0]}{options}\nAnswer:" + (f" {cells[5]}\n\n" if answered else "")
 
@@ -153,7 +153,7 @@ def build(
     example: Example,  # one of `examples()`
     chat: bool = False,  # the limit is applied to the text with its chat wrapper
 ) -> tuple:  # prompt, number of exemplars dropped
-    "The prompt and how many exemplars had to go (spec: evaluation 1)."
+    "The prompt and how many exemplars had to go."
     tail = question_text(example.fields["cells"])
     before, after = chat_prompt("\0", self.cue).split("\0") if chat else ("", "")
     dev = self.dev[example.group][:self.n_shot]
@@ -188,7 +188,7 @@ def option_ids(
     self: MMLU,
     tokenizer=None,  # None: the benchmark's own
 ) -> list:  # four token ids
-    "Token ids of the four options: the last token of ' A' (spec: evaluation 1, known bug A3). Raises ValueError when they are not distinct."
+    "Token ids of the four options: the last token of ' A'. Raises ValueError when they are not distinct."
     tokenizer = tokenizer or self.tokenizer
     found = [tokenizer.encode(f" {letter}", add_special_tokens=False)[-1] for letter in LETTERS]
     if len(set(found)) < len(found): raise ValueError(f"mmlu: the options ' A' … ' D' end in the tokens {found}; four different ones are needed. This tokenizer cannot be scored by options")

@@ -14,7 +14,7 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class FinetuneConfig:
-    "Settings of one fine-tuning. The defaults are the paper's for 7B and 13B (spec: training, sections 7 and 14)."
+    "Settings of one fine-tuning. Epochs, learning rate, schedule and length are the paper's for 7B and 13B (Appendix D), the batch size is the authors' code's; loss and ZeRO stage are this study's choices (the reference: microbatch and 3)."
     base_dir: str                        # Hugging Face folder of the base model
     data_file: str                       # conversations, JSON lines of {dataset, id, messages}
     out_dir: str                         # where the checkpoint is saved
@@ -37,7 +37,7 @@ class FinetuneConfig:
     precision: str = "bf16"              # bf16 (with float32 master weights) or fp32
     gradient_checkpointing: bool = False # recompute activations: less memory, about a third slower
     # token: every supervised token of an optimiser step weighs the same, however the step is split into micro-batches.
-    # microbatch: the reference's mean of micro-batch means, in which the split changes the result (spec: training, section 6).
+    # microbatch: the reference's mean of micro-batch means, in which the split changes the result.
     loss: str = "token"
     protocol: str = "paper"              # paper or fixed: how a new embedding row is filled
     seed: int = 42                       # of sampling, order, dropout and new embedding rows

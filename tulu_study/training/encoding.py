@@ -19,7 +19,7 @@ def prefix_text(
     eos: str,              # the tokenizer's end-of-sequence string
     header: bool = False,  # end with the header of the assistant's answer
 ) -> str:                  # text with the newline of its last message
-    "Render the beginning of a conversation without stripping its end (spec: training, section 2.2)."
+    "Render the beginning of a conversation without stripping its end."
     text = render_chat(messages, eos, add_generation_prompt=True)
     return text if header else text[:-len(HEADER)]
 
@@ -28,7 +28,7 @@ def masked_prefixes(
     messages: list,  # [{role, content}]
     eos: str,        # the tokenizer's end-of-sequence string
 ) -> list:           # [(text before | None, text up to the end)], one pair per masked message
-    "List the prefixes whose token counts bound the masked ranges (spec: training, section 2.2)."
+    "List the prefixes whose token counts bound the masked ranges."
     pairs = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant": continue
@@ -45,7 +45,7 @@ def labels_for(
     count,                 # text -> number of its tokens, cut in the same way
     max_seq_length: int,   # tokens
 ) -> list[int]:            # as long as input_ids: a token's id where it carries loss, else -100
-    "Copy the ids and mask the ranges between the counts of the prefixes (spec: training, section 2.2)."
+    "Copy the ids and mask the ranges between the counts of the prefixes."
     labels = list(input_ids)
     for before, until in pairs:
         start, end = count(before) if before is not None else 0, count(until)
@@ -59,7 +59,7 @@ def encode(
     tokenizer,            # any Hugging Face tokenizer with an eos token
     max_seq_length: int,  # tokens; what is beyond them is cut off on the right
 ) -> dict:                # {"input_ids": [int], "labels": [int]}
-    "Tokenise a conversation and mask all but the assistant's words; ValueError for an empty list or an unknown role (spec: training, section 2)."
+    "Tokenise a conversation and mask all but the assistant's words; ValueError for an empty list or an unknown role."
     tokens = lambda text: list(tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"])
     input_ids, eos = tokens(render_chat(messages, tokenizer.eos_token)), tokenizer.eos_token
     labels = labels_for(input_ids, masked_prefixes(messages, eos), lambda text: len(tokens(text)), max_seq_length)
@@ -108,7 +108,7 @@ def encode_prompt_completion(
     tokenizer,            # any Hugging Face tokenizer with an eos token
     max_seq_length: int,  # tokens
 ) -> dict:                # {"input_ids": [int], "labels": [int]}
-    "Tokenise a prompt with its completion and mask the prompt (spec: training, section 3)."
+    "Tokenise a prompt with its completion and mask the prompt."
     tokens = lambda text: list(tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"])
     seam = "" if prompt.endswith(BLANKS) or completion.startswith(BLANKS) else " "
     input_ids = tokens(prompt + seam + completion + tokenizer.eos_token)

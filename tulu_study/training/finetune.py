@@ -85,7 +85,7 @@ class EpochOrder:
 # ---- the trainer
 
 def deepspeed_config(config: FinetuneConfig, cuda: bool) -> dict:
-    "DeepSpeed's settings: the reference's, with the study's stage and batch (spec: training, section 13)."
+    "DeepSpeed's settings: the reference's, with the study's stage and batch."
     zero = {"stage": config.zero_stage, "overlap_comm": cuda and config.zero_stage > 0, "contiguous_gradients": True,
             "reduce_bucket_size": int(5e7)}   # numbers; the reference's "auto" (the hidden size squared) means dozens of exchanges a step for a small model
     if config.zero_stage == 3:
@@ -118,7 +118,7 @@ def training_arguments(config: FinetuneConfig, cuda: bool):
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
-    "The reference's two groups: no decay where a name contains `bias` or `layer_norm.weight` (spec: training, section 7)."
+    "The reference's two groups: no decay where a name contains `bias` or `layer_norm.weight`."
     free = lambda name: any(part in name for part in ("bias", "layer_norm.weight"))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in named if not free(n)], "weight_decay": weight_decay}, {"params": [p for n, p in named if free(n)], "weight_decay": 0.0}]

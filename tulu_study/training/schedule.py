@@ -14,7 +14,7 @@ def total_steps(
     batch_size: int,  # conversations per optimiser step
     epochs: float,    # passes over the training set, may be a fraction
 ) -> int:             # optimiser steps
-    "Count the optimiser steps of a fine-tuning (spec: training, section 7)."
+    "Count the optimiser steps of a fine-tuning."
     return max(1, math.ceil(epochs * math.ceil(n / batch_size)))
 
 # %% ../../nbs/training/02_schedule.ipynb #cbaf7bc3

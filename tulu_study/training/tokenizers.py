@@ -21,7 +21,7 @@ def specials_for(
     tokenizer,    # a fast tokenizer
     family: str,  # "llama", "gpt_neox" or "opt"
 ) -> dict:        # the special tokens to set
-    "Choose the special tokens of a family (spec: training, section 4); a LLaMA-shaped model with another vocabulary keeps its own."
+    "Choose the special tokens of a family; a LLaMA-shaped model with another vocabulary keeps its own."
     if family not in SPECIALS: raise ValueError(f"found family {family!r}, expected one of {', '.join(SPECIALS)}: correct it in params/models.yaml")
     wanted, known = dict(SPECIALS[family]), tokenizer.get_vocab()
     foreign = family == "llama" and not all(wanted[role] in known for role in ("bos_token", "eos_token", "unk_token"))
@@ -50,7 +50,7 @@ def ensure_bos(
     tokenizer,    # a fast tokenizer; changed in place
     family: str,  # "llama", "gpt_neox" or "opt"
 ) -> bool:        # whether texts now begin with the beginning-of-sequence token
-    "Make LLaMA's `<s>` and OPT's `</s>` stand in front of every text (spec: training, section 2.1)."
+    "Make LLaMA's `<s>` and OPT's `</s>` stand in front of every text."
     front = {"llama": SPECIALS["llama"]["bos_token"], "opt": "</s>"}.get(family)
     if front is None or tokenizer.bos_token != front: return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     number = tokenizer.convert_tokens_to_ids(front)
@@ -123,7 +123,7 @@ def grow_embeddings(
     protocol: str,    # "paper" or "fixed", see `new_rows`
     seed: int = 42,   # of the new rows
 ) -> int:             # number of rows added, 0 where the matrix is large enough
-    "Give new tokens rows in the embedding; never shrinks it (spec: training, section 4)."
+    "Give new tokens rows in the embedding; never shrinks it."
     import torch
     rows = model.config.vocab_size
     if n_tokens <= rows: return 0
