@@ -149,7 +149,39 @@ def test_other_sizes_have_no_published_numbers(tmp_path):
     invent(tmp_path, "vanilla", 0.3, size="7B")
     cells = build(tmp_path, size="7B")
     assert one(cells, "vanilla")["state"] == "ran" and all(cell["published"] is None for cell in cells)
-    assert "no numbers for 7B" in tables.table3_markdown(cells)
+    page = tables.table3_markdown(cells)
+    assert "nothing to compare 7B with" in page and "The paper's base model" not in page and "# Table 3 · nano model in the 7B column" in page
+
+
+@pytest.fixture
+def invented_world(monkeypatch):
+    "As if `mine` were a study of an invented world."
+    record = SimpleNamespace(title="small | one", world={"seed": 1}, data=SimpleNamespace(limit=64), training=SimpleNamespace(loss="token"))
+    for module in (scores, tables):
+        monkeypatch.setattr(module, "study_record", lambda study: record)
+
+
+def test_an_invented_world_has_no_differences(results, invented_world):
+    for benchmark, settings in FULL.items():
+        invent(results, "dolly", 0.5, benchmark, settings[0])
+    cells = build(results, asked={key: {"settings": settings} for key, settings in FULL.items()})
+    dolly = [cell for cell in cells if cell["key"] == "dolly"]
+    assert {cell["state"] for cell in dolly} == {"ran"} and one(cells, "dolly", "average", "mean of 6")["published"] == 30.5
+    assert all(cell[name] is None for cell in cells for name in ("difference", "difference_low", "difference_high"))
+    page = tables.table3_markdown(cells)
+    assert "Δ" not in page and "paper 40.0" in page and scores.INVENTED in page.split("| data |")[0] and "reproduction error" not in page
+    assert "small \\| one" in page and "Loss normalisation: token (the reference's: microbatch)" in page
+    report(results, "dolly", n_out=15_011)
+    rows = tables.table1("mine", ["dolly"], results / "data")
+    page = tables.table1_markdown(rows)
+    assert {row["difference"] for row in rows} == {None} and "Δ" not in page and "15,011<br>paper 15,011" in page and scores.INVENTED in page
+
+
+def test_the_figure_of_an_invented_world_names_the_papers_benchmarks(results, invented_world):
+    found = scores.grid("mine", "13B", ROWS, ASKED, results / "scores")
+    handles = figures.legend_handles(figures.points(found, ROWS, ASKED))
+    assert handles[-1].get_label() == "the paper (LLaMA 13B, real benchmarks)"
+    assert "*" not in figures.caption_of("mine", found, figures.points(found, ROWS, ASKED))
 
 
 def test_own_rows_come_last_and_are_labelled(results):
@@ -259,11 +291,11 @@ def test_table1_with_another_tokenizer_shows_no_difference_of_lengths(tmp_path):
 
 def test_table1_without_lengths_and_with_an_invented_world(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "load_study", lambda name: SimpleNamespace(title="small", world={"seed": 1}, data=SimpleNamespace(limit=64)))
-    assert any("invented world" in fact for fact in scores.study_facts("smoke")) and any("at most 64" in fact for fact in scores.study_facts("smoke"))
+    assert scores.INVENTED in scores.study_facts("smoke") and any("at most 64" in fact for fact in scores.study_facts("smoke"))
     report(tmp_path, "dolly", tokenizer=None)
     rows = tables.table1("smoke", ["dolly"], tmp_path / "data")
     page = tables.table1_markdown(rows)
-    assert "not measured<br>paper 118.1" in page and "an invented world" in page
+    assert "not measured<br>paper 118.1" in page and scores.INVENTED in page
 
 
 def test_table1_names_a_damaged_report(tmp_path):
@@ -385,7 +417,8 @@ def test_published_artefacts_are_labelled_and_repeat(tmp_path):
         page = (tmp_path / "one" / name).read_text()
         assert "as published" in page and "none of this study" in page
     assert "| **Vanilla LLaMa 13B** | 42.3 | 14.5 | 39.3 | 43.2 | 28.6 | — | — |" in (tmp_path / "one" / "table3.md").read_text()
-    assert len(read_markdown((tmp_path / "one" / "table1.md").read_text())) == 2 + 14
+    rows = read_markdown((tmp_path / "one" / "table1.md").read_text())
+    assert len(rows) == 2 + 12 + 1 + 2 and rows[14][0].startswith("*not a row of Table 1") and rows[15][:2] == ["**Human data mix**", "249,806‡"] and rows[16][:2] == ["**Human+GPT data mix**", "490,694"]
 
 
 def test_importing_reporting_is_light():

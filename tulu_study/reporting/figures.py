@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.files import write_atomic
 from .published import Column, table_columns, table_rows
-from .scores import base_facts, base_names, further_columns, grid, published_cell, settings_of, study_facts
+from .scores import base_facts, base_names, further_columns, grid, invented, published_cell, settings_of, study_facts
 from .tables import csv_text, signed
 
 # %% ../../nbs/reporting/02_figures.ipynb #741cfb7d
@@ -90,7 +90,8 @@ def legend_handles(found: list[dict]) -> list:
     words = {"up": "better than vanilla", "down": "worse than vanilla", "noise": "within noise"}
     there = {kind(point) for point in found if point["state"] == "ran"}
     ours = [Line2D([], [], color=COLOURS[name], marker=SHAPES[name], markersize=6.5, linewidth=1.6, label=words[name]) for name in words if name in there]
-    return ours + [Line2D([], [], label="the paper (LLaMA 13B)", **PAPER)] * any(point["published_change"] is not None for point in found)
+    paper = "the paper (LLaMA 13B, real benchmarks)" if invented(found[0]["study"]) else "the paper (LLaMA 13B)"
+    return ours + [Line2D([], [], label=paper, **PAPER)] * any(point["published_change"] is not None for point in found)
 
 # %% ../../nbs/reporting/02_figures.ipynb #6636a1e2
 def frame_figure(figure, found: list[dict], title: str, caption: str) -> None:
@@ -140,7 +141,7 @@ def save(figure,    # a matplotlib Figure
 # %% ../../nbs/reporting/02_figures.ipynb #b9d786e7
 def caption_of(study: str, cells: list[dict], found: list[dict]) -> str:
     "The sentences below the figure."
-    facts = [*study_facts(study), *(fact.replace("**", "") for fact in base_facts(cells))]
+    facts = [fact.replace("**", "") for fact in (*study_facts(study), *base_facts(cells))]
     bars = "Bars: 95 % bootstrap intervals of the paired difference on the same examples; a change is coloured only if its interval excludes zero and p < 0.05"
     facts.append(bars if any(point["state"] == "ran" for point in found) else "No change could be measured yet")
     return f"Study {study}. " + ". ".join(facts) + "."

@@ -109,8 +109,15 @@ def all_cells() -> tuple[Cell, ...]:
     return tuple(read_folder(params_dir() / "published"))
 
 # %% ../../nbs/reporting/00_published.ipynb #5a7c2b32
-def published(table: str, row: str, benchmark: str, setting="", version="v2", base_model=None, size=None) -> Cell:
-    "The cell at an address; a cell of status `missing` where the paper's is not known. None for base model or size matches any."
+def published(table: str,      # "table1", "table3", …: the file's name
+              row: str,        # the row's name in that table
+              benchmark: str,  # the column, or what the fact is about
+              setting="",      # the column's second line
+              version="v2",    # "v2" = October 2023
+              base_model=None, # as printed, None = any
+              size=None,       # as printed, None = any
+              ) -> Cell:
+    "The cell at an address; a cell of status `missing` where the paper's is not known."
     cells = [cell for cell in all_cells() if cell.table == table]
     if not cells: raise PublishedError(f"found no published table {table!r}, expected one of {', '.join(sorted({cell.table for cell in all_cells()}))}")
     for name, value in (("row", row), ("benchmark", benchmark)):

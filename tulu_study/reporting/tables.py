@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['FAILED', 'COLOURS', 'MEASURES', 'TABLE1_FIELDS', 'PUBLISHED_FIELDS', 'escape', 'markdown_table', 'csv_text', 'signed',
            'mean_of', 'average_cell', 'table3', 'mark', 'own_text', 'paper_text', 'cell_markdown', 'column_foot',
-           'values_of', 'legend', 'foot', 'head', 'rows_markdown', 'table3_markdown', 'styled', 'tokenizer_name',
-           'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'table1_cell', 'table1_head',
-           'table1_foot', 'table1_markdown', 'write_table', 'write_table1', 'write_table3', 'published_table',
-           'published_tables']
+           'values_of', 'loss_fact', 'legend', 'foot', 'head', 'rows_markdown', 'table3_markdown', 'styled',
+           'tokenizer_name', 'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'table1_cell',
+           'table1_head', 'table1_foot', 'table1_markdown', 'write_table', 'write_table1', 'write_table3', 'printed',
+           'published_table', 'published_tables']
 
 # %% ../../nbs/reporting/01_tables.ipynb #e55ea7f8
 import csv, html, io, json, math, statistics
 from pathlib import Path
 
 from ..core.files import write_atomic
-from ..core.params import benchmarks as benchmark_records
+from ..core.params import benchmarks as benchmark_records, mixes
 from ..core.stats import minimum_detectable
 from .published import LEGEND, MARKS, published, table_columns, table_rows
-from .scores import CELL_FIELDS, base_facts, grid, row_labels, study_facts, study_record
+from .scores import CELL_FIELDS, INVENTED, base_facts, comparable, grid, in_place_of, invented, row_labels, study_facts, study_record
 
 # %% ../../nbs/reporting/01_tables.ipynb #32318b31
 def escape(text) -> str:
@@ -84,7 +84,7 @@ def table3(study: str, size: str, rows: list[str], benchmarks: dict, scores_dir,
     for key in row_labels(rows):
         of_row = [cell for cell in cells if cell["key"] == key]
         found += [*of_row[:len(table_columns())], average_cell(of_row, size), *of_row[len(table_columns()):]]
-    return found
+    return comparable(found)
 
 # %% ../../nbs/reporting/01_tables.ipynb #d4e05bc3
 FAILED = ("every example failed", "no score: the run failed or is still to come", "no report: the conversion failed or is still to come")
@@ -129,10 +129,16 @@ def values_of(cells: list[dict], name: str) -> str:
     return "; ".join(sorted({str(cell[name]) for cell in cells if cell["state"] == "ran" and cell[name] is not None})) or "none"
 
 # %% ../../nbs/reporting/01_tables.ipynb #bd802459
-def legend(compared: int, # how many changes were tested
+def loss_fact(study: str) -> list[str]:
+    "How the fine-tuning averages its loss, where the study's file is at hand."
+    if (record := study_record(study)) is None: return []
+    return [f"Loss normalisation: {record.training.loss}" + (" (the reference's: microbatch)" if record.training.loss != "microbatch" else ", as in the reference")]
+
+def legend(compared: int,     # how many changes were tested
+           difference=True,   # whether the table shows differences to the paper
            ) -> list[str]:
     "What the marks and words of Table 3 mean."
-    return ["[low, high] is the interval of our score alone; the paper's number is a sample too (of 200 questions for GSM). Δ = ours − the paper's",
+    return ["[low, high] is the interval of our score alone; the paper's number is a sample too (of 200 questions for GSM)" + ". Δ = ours − the paper's" * difference,
             "▲ ▼ change against the vanilla model on the same examples, outside noise (95 % interval without zero, and p < 0.05 in a sign-flip test); "
             f"{compared} comparisons, of which about {0.05 * compared:.1f} would be marked by chance",
             "not run = not part of this study; not run ✗ = asked for, but the run failed or is still to come. Average only where all six benchmarks ran",
@@ -147,17 +153,16 @@ def foot(cells: list[dict], # records of `table3`
     notes = [column_foot([cell for cell in scored if (cell["benchmark"], cell["setting"]) == column]) for column in columns]
     said = (("Protocol", "protocol"), ("Engine", "engine"), ("Number format", "dtype"), ("Intervals", "interval"))
     stand_ins = sorted({f"{cell['column']}: {cell[name]}" for cell in scored for name in ("judge", "stand_in") if cell[name]})
-    return [*filter(None, notes), ". ".join(f"{title}: {values_of(scored, name)}" for title, name in said),
-            *[f"Judge, classifier or reference other than the paper's – {note}" for note in stand_ins], *legend(sum(cell["change"] is not None for cell in scored))]
+    return [*filter(None, notes), ". ".join([*(f"{title}: {values_of(scored, name)}" for title, name in said), *loss_fact(cells[0]["study"])]),
+            *[f"Judge, classifier or reference other than the paper's – {note}" for note in stand_ins], *legend(sum(cell["change"] is not None for cell in scored), not invented(cells[0]["study"]))]
 
 # %% ../../nbs/reporting/01_tables.ipynb #a47dce09
 def head(cells: list[dict], # records of `table3`
          ) -> list[str]:
     "The lines above Table 3."
-    study, size = cells[0]["study"], cells[0]["size"]
-    lines = [f"Study `{study}`" + "".join(f" · {escape(fact)}" for fact in study_facts(study)), *base_facts(cells)]
+    study = cells[0]["study"]
+    lines = [f"Study `{study}`" + "".join(f" · {fact if fact == INVENTED else escape(fact)}" for fact in study_facts(study)), *base_facts(cells)]
     if not any(cell["state"] == "ran" for cell in cells): lines.append("**Nothing has run yet**: the paper's numbers stand alone")
-    if not any(cell["published"] is not None for cell in cells): lines.append(f"The paper's Table 3 is about 13B; it has no numbers for {size}")
     return lines
 
 # %% ../../nbs/reporting/01_tables.ipynb #8e1f9d40
@@ -175,7 +180,7 @@ def table3_markdown(cells: list[dict], # records of `table3`
     rows = [[cell for cell in cells if cell["key"] == key] for key in dict.fromkeys(cell["key"] for cell in cells)]
     first, second = ([[cell for cell in row if ((cell["benchmark"], cell["setting"]) in paper) == printed] for row in rows] for printed in (True, False))
     second = [row for row in second if any(cell["why"] != "the study does not have this row" for cell in row)]
-    page = [f"# Table 3 · one model by instruction data, in the place of LLaMA {escape(cells[0]['size'])}", *head(cells), rows_markdown(first, cell_markdown)]
+    page = [f"# Table 3 · {escape(in_place_of(cells))}", *head(cells), rows_markdown(first, cell_markdown)]
     if second: page += ["## Settings that the paper's Table 3 does not print", rows_markdown(second, own_text)]
     return "\n\n".join(page) + "\n\n" + "\n".join(f"- {note}" for note in foot(cells)) + "\n"
 
@@ -249,7 +254,7 @@ def table1(study: str,         # the study's name
         same = {"study": study, "key": key, "label": label} | {name: report and report.get(name) for name in ("n_in", "n_rejected", "protocol")}
         for measure, value in (measured(report) if report else dict.fromkeys(MEASURES)).items():
             found.append(same | table1_record(measure, value, why, published("table1", names[key], measure) if names.get(key) else None, tokenizer))
-    return found
+    return comparable(found)
 
 # %% ../../nbs/reporting/01_tables.ipynb #2c58eac0
 def table1_cell(row: dict) -> str:
@@ -261,9 +266,8 @@ def table1_cell(row: dict) -> str:
 def table1_head(rows: list[dict], # records of `table1`
                 ) -> list[str]:
     "The lines above Table 1."
-    study = rows[0]["study"]
-    world = bool(record.world) if (record := study_record(study)) else False
-    lines = [f"Study `{study}`"] + ["The data are **an invented world**, written in the sources' raw formats; its counts and lengths are not the real datasets'"] * world
+    study, world = rows[0]["study"], invented(rows[0]["study"])
+    lines = [f"Study `{study}`"] + [INVENTED] * world
     counts = [row for row in rows if row["measure"] == "n_instances" and None not in (row["value"], row["published"])]
     short = [f"{row['label']} {row['value']:,} of {row['published']:,.0f}" for row in counts if row["value"] < 0.9 * row["published"]]
     return lines + ([f"**A sample, not the whole**: the raw files gave fewer instances than the paper counts for {escape('; '.join(short))}"] if short and not world else [])
@@ -273,7 +277,8 @@ def table1_foot(by_row: list[list[dict]], other: list[str]) -> list[str]:
     "The lines below Table 1: what was refused, what is counted, what the words mean."
     refused = [f"{escape(row[0]['label'])} {row[0]['n_rejected']:,} of {row[0]['n_in']:,}" for row in by_row if row[0]["n_rejected"]]
     lengths = f"; lengths counted with another tokenizer ({escape(', '.join(other))}) have none" if other else ""
-    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion. Δ = ours − the paper's{lengths}",
+    difference = "" if invented(by_row[0][0]["study"]) else f". Δ = ours − the paper's{lengths}"
+    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion{difference}",
             "not run = not part of this study; not run ✗ = asked for, but the conversion failed or is still to come", " · ".join(f"{sign} = {words}" for sign, words in LEGEND.items())]
 
 def table1_markdown(rows: list[dict], # records of `table1`
@@ -298,7 +303,14 @@ def write_table1(study: str, datasets: list[str], data_dir, out_dir) -> list[dic
     write_table(out_dir, "table1", rows, TABLE1_FIELDS, table1_markdown(rows))
     return rows
 
-def write_table3(study: str, size: str, rows: list[str], benchmarks: dict, scores_dir, out_dir, predictions_dir=None) -> list[dict]:
+def write_table3(study: str,           # the study's name
+                 size: str,            # size that the models fill in the tables
+                 rows: list[str],      # data keys of the study
+                 benchmarks: dict,     # {"gsm": {"settings": ["cot"], …}, …}
+                 scores_dir,           # folder with one folder of score files per model
+                 out_dir,              # where both files go
+                 predictions_dir=None, # as in `scores.grid`
+                 ) -> list[dict]:
     "Build Table 3, write it, and return its records."
     cells = table3(study, size, rows, benchmarks, scores_dir, predictions_dir)
     write_table(out_dir, "table3", cells, CELL_FIELDS, table3_markdown(cells))
@@ -307,16 +319,24 @@ def write_table3(study: str, size: str, rows: list[str], benchmarks: dict, score
 # %% ../../nbs/reporting/01_tables.ipynb #f29c2bc3
 PUBLISHED_FIELDS = ("table", "version", "row", "base_model", "size", "benchmark", "setting", "value", "unit", "status", "source")
 
+def printed(cell) -> str:
+    "A published cell as it was printed, with its mark; whole numbers with separated thousands."
+    return f"{int(cell.value):,}{MARKS.get(cell.status, '')}" if cell.value.isdigit() else cell.shown
+
 def published_table(name: str,     # "table1" or "table3"
                     title: str,    # what the table shows
                     columns: list, # (benchmark, setting, head) of each column
                     out_dir) -> list[Path]:
-    "Write one table of the paper as it was printed; the paths."
-    cells = [[published(name, getattr(row, name), benchmark, setting) for benchmark, setting, _ in columns] for row in table_rows() if getattr(row, name)]
-    body = markdown_table(["data", *[escape(head) for *_, head in columns]], [[f"**{escape(row[0].row)}**", *[escape(cell.shown) for cell in row]] for row in cells])
+    "Write one table of the paper as it was printed; the paths. The mixes are no rows of Table 1 and stand below a line there."
+    rows = [row for row in table_rows() if getattr(row, name)]
+    cells = {row.key: [published(name, getattr(row, name), benchmark, setting) for benchmark, setting, _ in columns] for row in rows}
+    sums = {row.key: row.label for row in rows if name == "table1" and row.key in mixes()}
+    lines = {key: [f"**{escape(sums.get(key, found[0].row))}**", *[escape(printed(cell)) for cell in found]] for key, found in cells.items()}
+    below = [["*not a row of Table 1: sums of its rows ‡*"] + [""] * len(columns), *[lines[key] for key in sums]] if sums else []
+    body = markdown_table(["data", *[escape(head) for *_, head in columns]], [line for key, line in lines.items() if key not in sums] + below)
     legend = "\n".join(f"- {sign} = {words}" for sign, words in LEGEND.items())
     page = f"# Table {name[-1]} as published · {title}\n\nNumbers of the paper (Wang et al. 2023), none of this study\n\n{body}\n{legend}\n"
-    return write_table(out_dir, name, [{field: getattr(cell, field) for field in PUBLISHED_FIELDS} for row in cells for cell in row], PUBLISHED_FIELDS, page)
+    return write_table(out_dir, name, [{field: getattr(cell, field) for field in PUBLISHED_FIELDS} for found in cells.values() for cell in found], PUBLISHED_FIELDS, page)
 
 def published_tables(out_dir) -> list[Path]:
     "Write Tables 1 and 3 of the paper as `table1.csv/.md` and `table3.csv/.md`; the paths."
