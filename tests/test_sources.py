@@ -47,7 +47,7 @@ def record(server, path="/rows.jsonl", **file):
     return Source(key="toy", name="Toy", folder="toy", licence="none", gated=file.pop("gated", None), files=[SourceFile(name="rows.jsonl", url=f"http://127.0.0.1:{server.server_port}{path}", **file)])
 
 
-def cached(project): return sorted(p.name for p in (project/"cache"/"toy").glob("*"))
+def cached(project): return sorted(p.name for p in (project/"cache"/"toy").glob("[!.]*"))
 
 
 def test_download_once_then_from_the_cache(server, project):
@@ -63,6 +63,13 @@ def test_a_download_that_is_cut_off_says_so_and_continues(server, project):
     assert "rows.jsonl" not in cached(project), "what arrived in part is no file"
     server.cut = None
     assert fetch(record(server))["rows.jsonl"].read_bytes() == CONTENT
+
+
+def test_two_downloads_of_one_file_do_not_meet(server, project):
+    from concurrent.futures import ThreadPoolExecutor
+    good = record(server, sha256=hashlib.sha256(CONTENT).hexdigest())
+    with ThreadPoolExecutor(4) as pool: paths = list(pool.map(lambda _: fetch(good)["rows.jsonl"], range(4)))
+    assert all(p.read_bytes() == CONTENT for p in paths) and cached(project) == ["rows.jsonl"]
 
 
 def test_part_of_a_file_is_not_asked_for_again(server, project):
@@ -109,4 +116,5 @@ def test_every_missing_file_is_named(project):
     several = Source(key="toy", name="Toy", folder="toy", licence="none", files=[SourceFile(name="a.json"), SourceFile(name="b.json"), SourceFile(name="c.json", optional=True)])
     with pytest.raises(SourceError) as e: fetch(several)
     assert "a.json" in str(e.value) and "b.json" in str(e.value) and "c.json" not in str(e.value)
+    with pytest.raises(SourceError, match=str(project/"mine")): fetch(several, root=project/"mine")
     with pytest.raises(SourceError, match="has no file d.json"): fetch(several, ["d.json"])

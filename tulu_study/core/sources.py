@@ -6,7 +6,7 @@
 __all__ = ['SourceError', 'find', 'check', 'fetch', 'fingerprint']
 
 # %% ../../nbs/core/05_sources.ipynb #b1117f69
-import gzip, os, shutil, tarfile
+import fcntl, gzip, os, shutil, tarfile
 from pathlib import Path
 from tqdm.auto import tqdm
 from .files import sha256_file, write_atomic
@@ -104,9 +104,9 @@ def _advice(
     record: Source,     # the record
     file: SourceFile,   # the file that could not be had
     why: str,           # what happened
+    root: str | Path | None,   # the sources root that was searched
 ) -> str:               # the whole message
     "Say what was looked for, where, and what can be done."
-    root = settings().sources
     origin = file.url or (f"the hub repository {file.hub}" if file.hub else None)
     gate = f" These data need a step of yours first: {record.gated}." if record.gated else ""
     return (f"{record.key}: {file.name} could not be had ({why}).{gate} Looked in {root or 'no sources root (none is set)'}, in the cache {settings().cache}"
@@ -117,14 +117,19 @@ def _advice(
 def _download(
     record: Source,     # the record
     file: SourceFile,   # one of its files
+    root: str | Path | None,   # the sources root that was searched
 ) -> Path:              # its path in the cache
     "Download one file into the cache. Raises SourceError with advice, whatever went wrong."
     target = settings().cache/record.folder/file.name
-    if not (file.url or file.hub): raise SourceError(_advice(record, file, "it is not there"))
-    try: (_from_url if file.url else _from_hub)(file, target)
-    except SourceError: raise
-    except Exception as e:
-        raise SourceError(_advice(record, file, f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}")) from e
+    if not (file.url or file.hub): raise SourceError(_advice(record, file, "it is not there", root))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(settings().cache/record.folder/".lock", "w") as lock:   # cells side by side may want one file: the second waits, and finds it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file(): return check(target, file)
+        try: (_from_url if file.url else _from_hub)(file, target)
+        except SourceError: raise
+        except Exception as e:
+            raise SourceError(_advice(record, file, f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}", root)) from e
     return target
 
 # %% ../../nbs/core/05_sources.ipynb #c65e533c
@@ -142,7 +147,7 @@ def fetch(
     for name in names or known:
         file, cached = known[name], settings().cache/record.folder/name
         try:
-            if path := find(root, record.folder, name) or (check(cached, file) if cached.is_file() else None) or (None if file.optional else _download(record, file)): got[name] = path
+            if path := find(root, record.folder, name) or (check(cached, file) if cached.is_file() else None) or (None if file.optional else _download(record, file, root)): got[name] = path
         except SourceError as e: problems.append(str(e))
     if problems: raise SourceError("\n".join(problems))
     return got

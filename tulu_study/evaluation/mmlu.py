@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.settings import settings
-from ..core.sources import fetch
+from ..core.sources import SourceError, fetch
 from .benchmark import Benchmark, Example, chat_prompt, register
 
 # %% ../../nbs/evaluation/03_mmlu.ipynb #8cd5a222
@@ -51,12 +51,14 @@ def read_tables(
     root=None,  # sources root; None: settings, then the archive
 ) -> dict:  # subject -> (dev csv, test csv) as bytes, sorted by subject
     "Find the two csv files of every subject. Raises SourceError (no source), FileNotFoundError (a subject without dev file)."
-    root = Path(root or settings().sources or ".")
-    for folder in (root / record.folder, root / record.folder / "data", root):
+    root = root or settings().sources
+    for folder in (Path(root) / record.folder, Path(root) / record.folder / "data", Path(root)) if root else ():
         found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("*/*.csv") if p.parent.name in ("dev", "test")}
         if any(name.startswith("test/") for name in found): break
     else:
-        with tarfile.open(fetch(record, names=["data.tar"], root=root)["data.tar"]) as archive:
+        file = fetch(record, names=["data.tar"], root=root)["data.tar"]
+        if not tarfile.is_tarfile(file): raise SourceError(f"{file} is no whole tar archive: a copy or download was probably cut off. Delete it and get it again")
+        with tarfile.open(file) as archive:
             members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(".csv")]
             found = {"/".join(Path(m.name).parts[-2:]): archive.extractfile(m).read() for m in members}
     subjects = sorted(name[len("test/"):-len("_test.csv")] for name in found if name.startswith("test/"))
