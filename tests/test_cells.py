@@ -159,3 +159,48 @@ def test_modules_are_followed(project):
     assert {"notebook", "tulu_study.data", "tulu_study.data.conversion", "tulu_study.core.files", "tulu_study.data.dolly"} <= set(parts)
     assert "tulu_study.data.cot" not in parts and "tulu_study.cli" not in parts
     assert "tulu_study.data.cot" in code_parts(path, {"dataset": "cot"})
+
+
+def test_without_identity_the_files_at_places_count(project):
+    "run_cell called by hand: another input file is another cell, though its path is no part of the key."
+    notebook(project/"nbs"/"runs"/"reads.ipynb", 'data_file: str = ""  # input\nout_dir: str = ""  # folder', START, "from pathlib import Path\ntext = Path(data_file).read_text()", "run.finish(text=text)")
+    for name, text in (("a", "one"), ("b", "two"), ("a", "three")):
+        (project/name).write_text(text)
+        run_cell("reads", {"data_file": str(project/name)}, project/"out")
+        assert json.loads((project/"out"/"result.json").read_text())["text"] == text
+
+
+def test_predictions_of_somebody_else_are_not_cleared(project):
+    notebook(project/"nbs"/"runs"/"writes.ipynb", 'predictions_dir: str = ""  # folder\nout_dir: str = ""  # folder', START, "run.finish()")
+    (project/"mine").mkdir()
+    (project/"mine"/"thesis.tex").write_text("precious")
+    with pytest.raises(CellError, match="thesis.tex"): run_cell("writes", {"predictions_dir": str(project/"mine")}, project/"out")
+    assert (project/"mine"/"thesis.tex").exists()
+
+
+def test_a_kill_while_clearing_leaves_a_folder_that_can_be_cleared(made, project):
+    run_cell("made", {}, project/"out")
+    for name in ("manifest.json", "result.json"): (project/"out"/name).unlink()      # as far as the clearing had come
+    assert run_cell("made", {"limit": 1}, project/"out")["parameters"]["limit"] == 1
+
+
+def test_code_edited_while_it_runs_makes_no_cell(project):
+    path = notebook(project/"nbs"/"runs"/"edited.ipynb", PARAMS, START, "from pathlib import Path\nimport json\nfile = Path('nbs/runs/edited.ipynb')\nnb = json.loads(file.read_text())\nnb['cells'][1]['source'] += '\\nx = 1'\n_ = file.write_text(json.dumps(nb))", "run.finish()")
+    with pytest.raises(CellError, match="notebook changed while edited.ipynb ran"): run_cell(path, {}, project/"out")
+    assert read_manifest(project/"out") is None
+
+
+def test_the_callers_environment_is_left_alone(made, project, monkeypatch):
+    monkeypatch.delenv("TULU_CELL", raising=False)
+    before = dict(os.environ)
+    run_cell("made", {}, project/"out")
+    assert dict(os.environ) == before
+
+
+def test_a_notebook_without_out_dir_is_told_so(project, no_kernel):
+    path = notebook(project/"nbs"/"runs"/"odd.ipynb", "limit: int = 0", "1")
+    with pytest.raises(CellError, match="has no parameter 'out_dir'"): run_cell(path, {}, project/"out")
+    notebook(path, "limit: int", "1")
+    with pytest.raises(CellError, match="may hold only"): parameters(path)
+    notebook(path, "limit = (", "1")
+    with pytest.raises(CellError, match="not valid Python"): parameters(path)

@@ -114,3 +114,26 @@ def test_raw_files_count_by_content_and_not_by_time(house, tmp_path):
     (root/"dolly"/"databricks-dolly-15k.jsonl").write_text('{"a": 2}\n')
     got = moved(before, keys(house, "mini"))
     assert "convert-dolly" in got and "finetune-13B-dolly" in got and "convert-cot" not in got and "base_model-smollm2-135m" not in got
+
+
+def test_stale_scores_are_not_read_as_this_studys(tmp_path, monkeypatch):
+    "Before tables are drawn from what there is, a cell that did not run again loses what older code or parameters left; an interrupted one keeps its own."
+    from tulu_study.core import grid
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    made = grid.load("smoke")
+    cell = made["evaluate-7B-vanilla"]
+    predictions = Path(cell.params["predictions_dir"])
+    for key, kept in ((cell.key, True), ("0" * 16, False)):
+        for folder, name in ((cell.out_dir, "gsm-cot.json"), (predictions, "gsm-cot.jsonl")):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder/name).write_text("{}")
+        (cell.out_dir/"attempt.json").write_text(json.dumps({"key": key}))
+        made.discard_stale(cell.name)
+        assert (cell.out_dir/"gsm-cot.json").exists() is kept and (predictions/"gsm-cot.jsonl").exists() is kept
+
+
+def test_a_cell_does_not_run_on_inputs_that_are_not_there(tmp_path, monkeypatch):
+    from tulu_study.core import grid
+    from tulu_study.core.cells import CellError
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    with pytest.raises(CellError, match="evaluate-7B-dolly needs cells that are not done: finetune-7B-dolly"): grid.run(grid.load("smoke"), "evaluate-7B-dolly")
