@@ -5,7 +5,7 @@ import pytest
 
 from conftest import ROOT
 
-README = (ROOT/"README.md").read_text(encoding="utf-8") if (ROOT/"README.md").exists() else ""
+README = re.sub(r"<!--.*?-->", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S) if (ROOT/"README.md").exists() else ""
 
 # How each command of the README is tried. `make study` runs here as a user runs it, in the checkout.
 TRIED = {
