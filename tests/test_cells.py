@@ -3,7 +3,7 @@ import json, os
 
 import pytest
 
-from conftest import notebook
+from helpers import notebook
 from tulu_study.core import cells
 from tulu_study.core.cells import CellError, cell_key, check_parameters, code_parts, parameters, read_manifest, run_cell
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import ROOT, notebook
+from helpers import ROOT, notebook
 
 SLOW = """import time
 log = run.out_dir.parent.parent/'ticks.log'

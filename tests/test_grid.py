@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 KEYS = "import json, sys; from tulu_study.core import grid; print(json.dumps({n: c.key for n, c in grid.load(sys.argv[1]).items()}))"
 

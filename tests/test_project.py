@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import ROOT
+from helpers import ROOT
 
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib

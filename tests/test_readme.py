@@ -3,7 +3,7 @@ import re, subprocess, sys
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 README = re.sub(r"<!--.*?-->", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S) if (ROOT/"README.md").exists() else ""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 # seconds, command lines, machines and git states differ between runs, and are kept apart from what was computed
 PERSONAL = {"manifest.json", "result.json", "attempt.json", "training_log.jsonl", "last_run.json", ".lock", "report.json"}
