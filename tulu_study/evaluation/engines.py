@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import warnings
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +54,7 @@ class Decoding:
     n: int = 1  # samples per prompt
 
 
-class Engine(ABC):
+class Engine:
     "Tokenisation, length and error handling that both engines share; a sub-class runs the model."
     name = ""
 
@@ -84,12 +83,8 @@ class Engine(ABC):
 
     def start(self): "Load the model."
     def reset(self): "Forget everything that depends on earlier requests."
-
-    @abstractmethod
-    def run_generate(self, ids, decoding): "Outputs with texts, one for each list of prompt ids."
-
-    @abstractmethod
-    def run_options(self, ids, option_ids): "Outputs with logprobs, one for each list of prompt ids."
+    def run_generate(self, ids, decoding): raise EngineError(f"the engine {self.name!r} generates no text")
+    def run_options(self, ids, option_ids): raise EngineError(f"the engine {self.name!r} scores no options")
 
     def encode_one(self, prompt): return list(self.tokenizer(prompt)["input_ids"])
 
