@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 # seconds, command lines, machines and git states differ between runs, and are kept apart from what was computed
-PERSONAL = {"manifest.json", "result.json", "attempt.json", "training_log.jsonl", "last_run.json", ".lock", "report.json"}
+PERSONAL = {"manifest.json", "result.json", "attempt.json", "training_log.jsonl", "last_run.json", ".lock", "report.json", "seconds.json"}
 
 
 def environment(results):
