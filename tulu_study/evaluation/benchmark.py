@@ -64,12 +64,12 @@ class Benchmark:
         self.load()
 
     def load(self): "Read the source files."
-    def plain_prompt(self, example): raise NotImplementedError("a benchmark defines plain_prompt")
+    def plain_prompt(self, example): raise TypeError(f"{type(self).__name__} has no plain_prompt; every benchmark defines one")
     def stop(self, chat=False) -> list: return []
     def extract(self, completion: str) -> str: return completion.strip()
     def limit_prompts(self, limit: int): self.max_prompt_tokens = limit
     def dropped_shots(self, example, chat=False) -> int: return 0
-    def choose(self, logprobs: list) -> str: raise NotImplementedError("a benchmark of kind options defines choose and option_ids")
+    def choose(self, logprobs: list) -> str: raise TypeError(f"{type(self).__name__} has no choose; a benchmark of kind options defines choose and option_ids")
     def draw_exemplars(self, stream): "Draw exemplars from the stream that drew the questions."
     def correct(self, answer: str, target: str) -> float: return float(answer == target)
 
