@@ -116,6 +116,21 @@ def test_raw_files_count_by_content_and_not_by_time(house, tmp_path):
     assert "convert-dolly" in got and "finetune-13B-dolly" in got and "convert-cot" not in got and "base_model-smollm2-135m" not in got
 
 
+def test_tokenizers_and_local_base_models_count_by_content(house, tmp_path):
+    root = tmp_path/"raw"
+    for folder, name in (("tokenizers/llama", "tokenizer.json"), ("models/smollm2-135m", "model.gguf")):
+        (root/folder).mkdir(parents=True)
+        (root/folder/name).write_text("one")
+    edit(house/"settings.ini", "sources =", f"sources = {root}")
+    before = keys(house, "mini")
+    (root/"tokenizers"/"llama"/"tokenizer.json").write_text("two")
+    got = moved(before, before := keys(house, "mini"))
+    assert "convert-cot" in got and "base_model-smollm2-135m" not in got
+    (root/"models"/"smollm2-135m"/"model.gguf").write_text("two")
+    got = moved(before, keys(house, "mini"))
+    assert "base_model-smollm2-135m" in got and "convert-cot" not in got
+
+
 def test_stale_scores_are_not_read_as_this_studys(tmp_path, monkeypatch):
     "Before tables are drawn from what there is, a cell that did not run again loses what older code or parameters left; an interrupted one keeps its own."
     from tulu_study.core import grid

@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, contextlib, fcntl, importlib.util, inspect, json, os, shutil, subprocess, sys, tempfile, time
+import collections, contextlib, importlib.util, inspect, json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -10,7 +10,7 @@ from tulu_study.core.cells import CellError, check_parameters, read_manifest, ru
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
 from tulu_study.core.params import ParamsError
-from tulu_study.core.process import die_with_parent, start_child
+from tulu_study.core.process import Held, die_with_parent, hold, start_child
 from tulu_study.core.settings import packaged_root, project_root, settings
 from tulu_study.core.sources import SourceError
 
@@ -41,17 +41,11 @@ def plan(
 
 @contextlib.contextmanager
 def _alone(grid: Grid):
-    "Let one process at a time run a study; the lock ends with its holder."
+    "Let one process at a time run a study."
     grid.root.mkdir(parents=True, exist_ok=True)
-    with open(grid.root/".lock", "a+") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise CellError(f"Process {lock.read().strip()} is running this study already; `tulu-study plan {grid.study.study}` shows how far it is.") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    try:
+        with hold(grid.root/".lock"): yield
+    except Held as pid: raise CellError(f"Process {pid} is running this study already; `tulu-study plan {grid.study.study}` shows how far it is.") from None
 
 
 def _snakemake(grid: Grid, study: str, jobs: int) -> int:
@@ -136,9 +130,8 @@ def _hold_gpus(wanted: int):
         with contextlib.ExitStack() as stack:          # all of them or none: two cells that each hold half would wait for ever
             mine = []
             for gpu in ids:
-                lock = stack.enter_context(open(Path(tempfile.gettempdir())/f"tulu_study-{os.getuid()}-gpu-{gpu}.lock", "w"))
-                try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError: continue
+                try: stack.enter_context(hold(Path(tempfile.gettempdir())/f"tulu_study-{os.getuid()}-gpu-{gpu}.lock"))
+                except Held: continue
                 mine.append(gpu)
                 if len(mine) == wanted: break
             if len(mine) == wanted:
@@ -178,8 +171,11 @@ def figures(
     grid = load(study)
     base = Path.cwd() if project_root() == packaged_root() else project_root()
     target = Path(into) if into else base/"figures"/grid.study.study
-    copied = copy_figures(grid.root, target)
+    states = {cell.out_dir.relative_to(grid.root).as_posix(): grid.state(name) for name, cell in grid.items() if cell.stage in ("table", "figure")}
+    old = {place: state for place, state in states.items() if state.word == "changed" and not state.reason.startswith("drawn without")}
+    copied = copy_figures(grid.root, target, leave_out=set(old))
     print(f"{len(copied)} files in {os.path.relpath(target)}")
+    for place, state in old.items(): print(f"not copied: {place}, drawn by other code or from other inputs than now ({state.reason}). `tulu-study run {study}` draws it again.")
 
 
 @call_parse(pos=["study"])

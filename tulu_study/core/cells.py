@@ -2,12 +2,12 @@
 
 papermill alone lets three mistakes pass with exit code 0: a notebook without a `parameters` cell, an unknown parameter, and a value of the
 wrong type. `run_cell` refuses all three before a kernel starts. Afterwards it writes `manifest.json`, last and atomically: no manifest, no cell."""
-import ast, contextlib, datetime, difflib, fcntl, functools, importlib.metadata, importlib.util, json, os, platform, shutil, subprocess, sys, time
+import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, subprocess, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tulu_study.core.files import hash_json, sha256_file, write_atomic
-from tulu_study.core.process import die_with_parent
+from tulu_study.core.process import Held, die_with_parent, hold
 from tulu_study.core.settings import packaged_root, project_root, settings
 
 PLACES = ("_dir", "_root", "_file")             # endings of parameters that say where, not what: no part of a key
@@ -302,17 +302,11 @@ def start(
 
 @contextlib.contextmanager
 def _only_one(out_dir: Path):
-    "Hold the cell's lock. The kernel gives it back when its holder dies, so that nothing has to be unlocked by hand."
+    "Let one process at a time write a cell."
     out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir/".lock", "a+") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise CellError(f"{out_dir} is being written by process {lock.read().strip() or 'another'}. Wait for it, or end it.") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    try:
+        with hold(out_dir/".lock"): yield
+    except Held as pid: raise CellError(f"{out_dir} is being written by process {pid}. Wait for it, or end it.") from None
 
 
 def clear(folders: list[Path]) -> None:

@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tulu_study.core import cells as door
+from tulu_study.core.files import hash_json
 from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir
 from tulu_study.core.sources import find, fingerprint
 from tulu_study.core.settings import Settings, settings
 
 STAGES = ("world", "convert", "mix", "pretrain", "base_model", "finetune", "evaluate", "table", "figure")
 NAMES = {"world": "sources", "convert": "data", "mix": "data", "pretrain": "base", "base_model": "base", "finetune": "checkpoints", "evaluate": "scores", "table": "tables", "figure": "figures"}
+
+
+LARGE = 64 << 20   # bytes; `plan` must not read 130 GB of weights to say that nothing changed
+
+
+def _ends(path: Path) -> str:
+    "Identify a large file by its size and its first and last MiB."
+    with open(path, "rb") as file:
+        first = file.read(1 << 20)
+        file.seek(-(1 << 20), os.SEEK_END)
+        return f"{path.stat().st_size} bytes, ends {hash_json([first.hex(), file.read().hex()])[:16]}"
 
 
 @dataclass
@@ -82,6 +94,11 @@ class Grid(dict):
             found["files"] = {name: fingerprint(path) for name, path in files.items() if path}
         return found
 
+    def _folder(self, place: str) -> dict | None:
+        "The bytes of a folder below a sources root of the site's, None where there is none: a tokenizer, a base model."
+        if self.study.world is not None or not self.sources or not (self.sources/place).is_dir(): return None
+        return {p.name: fingerprint(p) if p.stat().st_size <= LARGE else _ends(p) for p in sorted((self.sources/place).iterdir()) if p.is_file() and not p.name.startswith(".")}
+
     @property
     def _before(self) -> list[str]:
         "The cell that writes the sources, in a study whose world is invented."
@@ -101,7 +118,7 @@ class Grid(dict):
         there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
         for key in dict.fromkeys(parts):
             self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, source_root=self._source_root(),
-                      tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None})
+                      tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None, "tokenizer_files": self._folder(study.tokenizer)})
         for key in dict.fromkeys(d for d in wanted if d in mixes()):
             self._add("mix", key, "mix", dict(mix=key, data_dir=str(self.root/"data")), [f"convert-{p}" for p in mixes()[key].parts], {"record": mixes()[key].model_dump(mode="json")})
 
@@ -114,7 +131,8 @@ class Grid(dict):
         name = f"{'pretrain' if record.kind == 'nano' else 'base_model'}-{key}"
         if name in self: return name
         params = dict(base=key, source_root=self._source_root()) | (dict(seed=self.study.seed) if record.kind == "nano" else {})
-        return self._add(*name.split("-", 1), name.split("-", 1)[0], params, self._before if record.kind == "nano" else [], {"record": record.model_dump(mode="json")})
+        return self._add(*name.split("-", 1), name.split("-", 1)[0], params, self._before if record.kind == "nano" else [],
+                         {"record": record.model_dump(mode="json")} | ({} if record.kind == "nano" else {"files": self._folder(f"models/{key}")}))
 
     def _models(self, size: str, model):
         study, base = self.study, self._base(model.base)

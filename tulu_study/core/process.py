@@ -1,5 +1,5 @@
 "Processes that end together: a killed study leaves no orphan that goes on writing."
-import ctypes, os, signal, subprocess, sys, threading, time
+import contextlib, ctypes, fcntl, os, signal, subprocess, sys, threading, time
 
 PR_SET_PDEATHSIG = 1
 
@@ -45,3 +45,23 @@ def start_child(
 def _tie() -> None:
     "Between fork and exec in the child: end with the parent."
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Held(RuntimeError):
+    "A lock that another process holds; the text is that process's id, as far as it left one."
+
+
+@contextlib.contextmanager
+def hold(
+    path,   # the lock file, made where it is missing; it stays
+):
+    "Hold a lock for the length of a block. The kernel gives it back when its holder dies, so that nothing has to be unlocked by hand. Raises Held at once where another process has it."
+    with open(path, "a+") as lock:
+        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Held(lock.read().strip() or "unknown") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

@@ -124,6 +124,7 @@ def write_if_changed(path: Path, data: bytes) -> bool:
 def copy_figures(
     results_dir: str | Path,  # results/<study>
     figures_dir: str | Path,  # figures/<study>
+    leave_out=frozenset(),    # places ("tables/table1") of artefacts that are out of date
 ) -> list[Path]:              # every file that the copy consists of, changed or not
     """Copy all finished tables and figures of a study, each with `<name>.provenance.json`.
 
@@ -134,7 +135,7 @@ def copy_figures(
     wanted, problems = {}, []
     for key, manifest in known.items():
         kind, _, name = manifest["place"].partition("/")
-        if kind not in ("tables", "figures") or not name or "/" in name:
+        if kind not in ("tables", "figures") or not name or "/" in name or manifest["place"] in leave_out:
             continue
         folder = results_dir / kind / name
         for lost in missing_outputs(folder, manifest):
