@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'Example', 'draw', 'Benchmark', 'chat_prompt', 'prompts_hash', 'prompt_hash', 'percent_with_interval',
-           'register', 'find_class', 'load_benchmark']
+           'percent_mean', 'register', 'find_class', 'load_benchmark']
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #ffe4c37c
 import hashlib
@@ -18,16 +18,16 @@ from fastcore.basics import patch
 from ..core.messages import render_eval_chat
 from ..core.params import benchmarks
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #ea30b859
+# %% ../../nbs/evaluation/01_benchmark.ipynb #91a6fd9c
 @dataclass
 class Example:
     "One question of a benchmark."
     id: str  # stable: file and row of the source
     group: str  # subject, task or language; "" where the benchmark has none
-    target: str  # the gold answer as it is compared
+    target: str | list  # the gold answer as it is compared; a list where several are right
     fields: dict = field(default_factory=dict)  # the raw row
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #c77b8de1
+# %% ../../nbs/evaluation/01_benchmark.ipynb #aa0b3419
 def draw(
     rows: list,  # everything there is, in file order
     n: int | None,  # how many; None or at least len(rows): all, in file order, without touching the stream
@@ -36,7 +36,7 @@ def draw(
     "Sample as the reference does."
     return stream.sample(rows, n) if n is not None and n < len(rows) else list(rows)
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #931ccba0
+# %% ../../nbs/evaluation/01_benchmark.ipynb #13b67c86
 class Benchmark:
     "A benchmark in one setting and protocol: examples, prompts, extraction, scores."
     kind = "generate"  # "generate" or "options"
@@ -44,6 +44,7 @@ class Benchmark:
     temperature, top_p, n_samples = 0.0, 1.0, 1  # greedy, one completion
     cue = ""  # begins the assistant's turn in chat format
     max_prompt_tokens = None  # prompts are cut to this length where the benchmark does so, tokens
+    per_group = None  # size of the paper's sample of each group; None: the paper does not sample by group
 
     def __init__(
         self,
@@ -70,10 +71,11 @@ class Benchmark:
     def limit_prompts(self, limit: int): self.max_prompt_tokens = limit
     def dropped_shots(self, example, chat=False) -> int: return 0
     def choose(self, logprobs: list) -> str: raise TypeError(f"{type(self).__name__} has no choose; a benchmark of kind options defines choose and option_ids")
+    def draw_group(self, members: list, n: int, stream) -> list: return draw(members, n, stream)
     def draw_exemplars(self, stream): "Draw exemplars from the stream that drew the questions."
     def correct(self, answer: str, target: str) -> float: return float(answer == target)
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #1b2eae7e
+# %% ../../nbs/evaluation/01_benchmark.ipynb #26f33ba7
 def chat_prompt(
     user_text: str,  # the user's turn
     cue: str,  # how the assistant's turn begins
@@ -105,7 +107,7 @@ def prompt_hash(
     "Fingerprint of one prompt."
     return prompts_hash([prompt])[:16]
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #d74d3082
+# %% ../../nbs/evaluation/01_benchmark.ipynb #03417aec
 @patch
 def examples(
     self: Benchmark,
@@ -116,24 +118,25 @@ def examples(
     if not (n is None or n == "all" or (isinstance(n, int) and n > 0)):
         raise ValueError(f"benchmark {self.record.key}: n is {n!r}; expected None, 'all' or a positive number")
     stream = random.Random(42)
-    pool = self.rows if per_group is None else self.sample_groups(per_group)
-    wanted = self.record.n if n is None and per_group is None else n
-    chosen = draw(pool, wanted if isinstance(wanted, int) else None, stream)
+    if n is None and per_group is None: n, per_group = self.record.n, self.per_group
+    pool = self.rows if per_group is None else self.sample_groups(per_group, stream)
+    chosen = draw(pool, n if isinstance(n, int) else None, stream)
     self.draw_exemplars(stream)
     return chosen
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #4a20d7a4
+# %% ../../nbs/evaluation/01_benchmark.ipynb #3cac03ec
 @patch
 def sample_groups(
     self: Benchmark,
     per_group: int,  # examples of each group
-) -> list:  # of Example, groups in order
-    "Keep the first `per_group` of every group; a benchmark with a published sub-sampling overrides this."
+    stream: random.Random,  # the benchmark's generator
+) -> list:  # of Example, one group after the other
+    "Draw from every group in turn, groups sorted by name."
     groups = {}
     for row in self.rows: groups.setdefault(row.group, []).append(row)
     if set(groups) == {""}:
         raise ValueError(f"benchmark {self.record.key} has no groups: use n instead of per_group={per_group}")
-    return [row for members in groups.values() for row in members[:per_group]]
+    return [row for name in sorted(groups) for row in self.draw_group(groups[name], per_group, stream)]
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #83cf3f42
 @patch
@@ -160,19 +163,27 @@ def percent_with_interval(
     return {"value": round(found.value, 6), "low": round(found.low, 6), "high": round(found.high, 6),
             "interval": {"method": found.method, "level": found.level}}
 
-# %% ../../nbs/evaluation/01_benchmark.ipynb #e42f4a86
+# %% ../../nbs/evaluation/01_benchmark.ipynb #8b3201d3
+def percent_mean(
+    values: list,  # numbers, 0..1
+) -> float | None:  # percent; None of nothing
+    "Mean in percent, rounded as all scores are."
+    return round(100 * sum(values) / len(values), 6) if values else None
+
+# %% ../../nbs/evaluation/01_benchmark.ipynb #f79aa4ec
 @patch
 def score(
     self: Benchmark,
     predictions: list,  # of dict: example_id, group, target, answer or completions, error
-) -> dict:  # value, low, high (percent), interval, n, n_errors, groups {name: {value, n}}
+) -> dict:  # value, low, high (percent), interval, n, n_errors, micro, macro, groups {name: {value, n}}
     "Score predictions: mean, interval, one value per group."
     pairs = [(row.get("group", ""), self.score_one(row)) for row in predictions]
     scored = [(group, value) for group, value in pairs if value is not None]
     groups = {name: [value for group, value in scored if group == name] for name in dict.fromkeys(g for g, _ in scored) if name}
     found = percent_with_interval([value for _, value in scored], [group for group, _ in scored], self.record.average)
     return {**found, "n": len(scored), "n_errors": len(pairs) - len(scored),
-            "groups": {name: {"value": round(100 * sum(v) / len(v), 6), "n": len(v)} for name, v in groups.items()}}
+            "micro": percent_mean([value for _, value in scored]), "macro": percent_mean([sum(v) / len(v) for v in groups.values()]),
+            "groups": {name: {"value": percent_mean(v), "n": len(v)} for name, v in groups.items()}}
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #64b9c482
 CLASSES = {}  # benchmark key -> Benchmark sub-class

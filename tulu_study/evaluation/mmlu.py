@@ -6,7 +6,7 @@
 __all__ = ['CATEGORIES', 'SUBCATEGORY', 'CATEGORY', 'LETTERS', 'read_tables', 'read_rows', 'header', 'question_text',
            'TokenBudget', 'MMLU', 'cells']
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #7daa3a99
+# %% ../../nbs/evaluation/03_mmlu.ipynb #a0d0c721
 import io
 import tarfile
 from pathlib import Path
@@ -45,7 +45,7 @@ CATEGORIES = {
 SUBCATEGORY = {subject: sub for subs in CATEGORIES.values() for sub, names in subs.items() for subject in names.split()}
 CATEGORY = {subject: category for category, subs in CATEGORIES.items() for names in subs.values() for subject in names.split()}
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #42a19441
+# %% ../../nbs/evaluation/03_mmlu.ipynb #a0b96824
 def read_tables(
     record,  # core.params record of MMLU
     root=None,  # sources root; None: settings, then the archive
@@ -66,7 +66,7 @@ def read_tables(
     if missing: raise FileNotFoundError(f"mmlu: {len(missing)} subjects have a test file and no dev/<subject>_dev.csv: {', '.join(missing[:5])}; copy the dev folder of the archive as well")
     return {subject: (found[f"dev/{subject}_dev.csv"], found[f"test/{subject}_test.csv"]) for subject in subjects}
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #3dfdc541
+# %% ../../nbs/evaluation/03_mmlu.ipynb #b459699c
 def read_rows(
     csv: bytes,  # file content, no header
     protocol: str = "paper",  # "paper": pandas' defaults; "fixed": every cell as text
@@ -89,7 +89,7 @@ def header(
     name = "".join(f" {part}" for part in subject.split("_"))
     return f"The following are multiple choice questions (with answers) about {name}.\n\n"
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #2341e17a
+# %% ../../nbs/evaluation/03_mmlu.ipynb #8f73b408
 def question_text(
     cells: list,  # question, four options, letter
     answered: bool = False,  # an exemplar: with its letter and a blank line
@@ -118,20 +118,18 @@ class TokenBudget:
         self.exact += 1
         return self.count(head + tail) <= self.limit
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #407f79a1
+# %% ../../nbs/evaluation/03_mmlu.ipynb #10eafc7d
 @register("mmlu")
 class MMLU(Benchmark):
     "MMLU by option log-probabilities; settings `0shot` and `5shot`."
     kind, max_new_tokens, cue, max_prompt_tokens = "options", 1, "The answer is:", 2048
 
     def load(self):
-        self.rows, self.dev, self.tables = [], {}, {}
+        self.rows, self.dev = [], {}
         for subject, (dev_csv, test_csv) in read_tables(self.record, self.source_root).items():
             self.dev[subject] = cells(read_rows(dev_csv, self.protocol, f"dev/{subject}_dev.csv"))
-            self.tables[subject] = read_rows(test_csv, self.protocol, f"test/{subject}_test.csv")
             self.rows += [Example(f"{subject}/{i}", subject, str(row[5]), {"cells": row})
-                          for i, row in enumerate(cells(self.tables[subject]))]
-        self.by_id = {row.id: row for row in self.rows}
+                          for i, row in enumerate(cells(read_rows(test_csv, self.protocol, f"test/{subject}_test.csv")))]
         self.limit_prompts(self.max_prompt_tokens)
 
     def limit_prompts(self, limit):
@@ -148,7 +146,7 @@ def cells(
     "The values of a table, row by row, as pandas typed them."
     return [list(row) for row in zip(*(table[column].tolist() for column in table.columns[:6]))]
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #bb634f89
+# %% ../../nbs/evaluation/03_mmlu.ipynb #a9c9a66a
 @patch
 def build(
     self: MMLU,
@@ -184,7 +182,7 @@ def dropped_shots(
     "How many exemplars the length limit took from this prompt."
     return self.build(example, chat)[1]
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #9412fe48
+# %% ../../nbs/evaluation/03_mmlu.ipynb #137886f8
 @patch
 def option_ids(
     self: MMLU,
@@ -196,25 +194,24 @@ def option_ids(
     if len(set(found)) < len(found): raise ValueError(f"mmlu: the options ' A' … ' D' end in the tokens {found}; four different ones are needed. This tokenizer cannot be scored by options")
     return found
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #27a49711
+# %% ../../nbs/evaluation/03_mmlu.ipynb #80b8f2c5
 @patch
-def sample_groups(
+def draw_group(
     self: MMLU,
-    per_group: int,  # questions of each subject
-) -> list:  # of Example, subjects in order
-    "Sub-sample every subject as the reference does: pandas' sample with random_state 42."
-    chosen = []
-    for subject, table in self.tables.items():
-        kept = table.sample(per_group, random_state=42) if per_group < len(table) else table
-        chosen += [self.by_id[f"{subject}/{i}"] for i in kept.index]
-    return chosen
+    members: list,  # of Example, one subject
+    n: int,  # questions wanted
+    stream,  # not used: every subject is drawn with the same seed
+) -> list:  # of Example
+    "Sub-sample a subject as the reference does: pandas' sample with random_state 42."
+    import pandas as pd
+    return list(pd.Series(members, dtype=object).sample(n, random_state=42)) if n < len(members) else members
 
-# %% ../../nbs/evaluation/03_mmlu.ipynb #f5a50c23
+# %% ../../nbs/evaluation/03_mmlu.ipynb #a7c1acd8
 @patch
 def score(
     self: MMLU,
     predictions: list,  # of dict: group, target, answer, error
-) -> dict:  # as Benchmark.score, with subcategories, categories and macro
+) -> dict:  # as Benchmark.score, with subcategories and categories
     "Score predictions, with the averages by sub-category and category."
     result = Benchmark.score(self, predictions)
     for name, where in (("subcategories", SUBCATEGORY), ("categories", CATEGORY)):
@@ -222,5 +219,4 @@ def score(
         for subject, group in result["groups"].items(): members.setdefault(where.get(subject, "not in the map"), []).append(group)
         result[name] = {key: {"value": round(sum(g["value"] * g["n"] for g in groups) / sum(g["n"] for g in groups), 6),
                               "n": sum(g["n"] for g in groups)} for key, groups in sorted(members.items())}
-    means = [group["value"] for group in result["groups"].values()]
-    return result | {"macro": round(sum(means) / len(means), 6) if means else None}
+    return result
