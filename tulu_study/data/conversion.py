@@ -79,6 +79,8 @@ class Raw:
     n_in: int = 0  # raw records found
     n_records: int = 0  # raw records understood
     rejects: list = field(default_factory=list)  # rows of rejects.jsonl
+    lost: list = field(default_factory=list)  # rows of lost.jsonl: parts of records whose rest was kept
+    now: RawRecord | None = None  # the record that is being read
 
     @property
     def files(self) -> list:
@@ -88,12 +90,16 @@ class Raw:
     def items(self, file: str, read):
         "Yield `read(value)` of every record of a file that can be read; account for the others."
         for raw in tqdm(read_records(self.paths[file], file), desc=f"{self.record.key}: {file}", unit=" records", leave=False):
-            self.n_in += 1
+            self.n_in, self.now = self.n_in + 1, raw
             if problem := _problem(raw, read):
                 self.rejects.append(_reject(self.record.key, raw, *problem))
             else:
                 self.n_records += 1
                 yield raw.value
+
+    def lose(self, reason: str, detail: str):
+        "Account for a part of the record that is being read, which is left out while the rest is kept."
+        self.lost.append({"dataset": self.record.key, "file": self.now.file, "row": self.now.row, "reason": reason, "detail": detail})
 
 # %% ../../nbs/data/02_conversion.ipynb #a401f260
 def _problem(
@@ -154,6 +160,7 @@ class Report:
     expected: int | None = None  # instances that the paper counts
     files: list = field(default_factory=list)  # raw files read
     reasons: dict = field(default_factory=dict)  # reason -> rejected records
+    lost: dict = field(default_factory=dict)  # reason -> parts left out of records that were kept
     turns: dict = field(default_factory=dict)  # mean and max of rounds a conversation, and how many have 1, 2, …
     unsound: dict = field(default_factory=dict)  # n, and the first few with their problems
     lengths: dict | None = None  # tokenizer and token counts
@@ -173,6 +180,7 @@ def report_table(
     "A report as a two-column table."
     rows = [("raw records", f"{report.n_in:,}"), ("converted", f"{report.n_records:,}"), ("rejected", f"{report.n_rejected:,}")]
     rows += [(f"– {reason}", f"{n:,}") for reason, n in report.reasons.items()]
+    rows += [(f"parts left out: {reason}", f"{n:,}") for reason, n in report.lost.items()]
     rows += [("conversations", f"{report.n_out:,}"), ("the paper counts", f"{report.expected:,}" if report.expected else "—")]
     rows += [("rounds a conversation", f"{report.turns['mean']:.2f} (at most {report.turns['max']})")] if report.turns.get("max") else []
     rows += [("unsound conversations", f"{report.unsound['n']:,}")] if report.unsound.get("n") else []
@@ -284,6 +292,15 @@ def _options(
         options["tokenizer"] = tokenizer
     return options
 
+# %% ../../nbs/data/02_conversion.ipynb #1057a002
+def _write_lost(raw: Raw, report: Report, path: Path):
+    "Count the parts left out, and write them down when there are any."
+    report.lost = dict(Counter(row["reason"] for row in raw.lost).most_common())
+    if raw.lost:
+        write_jsonl(path, raw.lost, ensure_ascii=True)
+    else:
+        path.unlink(missing_ok=True)
+
 # %% ../../nbs/data/02_conversion.ipynb #9965f69d
 def convert(
     key,  # dataset key, or a Dataset record of your own
@@ -307,6 +324,7 @@ def convert(
     assert report.n_in == report.n_records + report.n_rejected, f"{record.key}: {report.n_in} records read, {report.n_records} + {report.n_rejected} accounted for"
     report.reasons = dict(Counter(reject["reason"] for reject in raw.rejects).most_common())
     write_jsonl(folder / "rejects.jsonl", raw.rejects, ensure_ascii=True)
+    _write_lost(raw, report, folder / "lost.jsonl")
     if tokenizer is not None:
         report.lengths = token_lengths(read_jsonl(folder / f"{record.key}_data.jsonl"), tokenizer, name)
     write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
