@@ -38,12 +38,17 @@ def pytest_generate_tests(metafunc):
 def pytest_runtest_makereport(item, call):
     outcome = yield
     report = outcome.get_result()
-    if report.when == "call" and "case" in getattr(item, "fixturenames", ()):
-        verdict = getattr(item, "parity_verdict", None)
-        if verdict:
-            TALLY[verdict[0]] += 1
-            if verdict[0] == "cannot be rebuilt":
-                REASONS.append(f"{item.callspec.id}: {verdict[1]}")
+    if report.when == "call" and (verdict := getattr(item, "parity_verdict", None)):
+        report.user_properties.append(("parity", [*verdict, item.callspec.id]))   # travels from a worker process to the one that counts
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name == "parity":
+            kind, why, case = value
+            TALLY[kind] += 1
+            if kind == "cannot be rebuilt":
+                REASONS.append(f"{case}: {why}")
 
 
 @pytest.fixture
@@ -66,7 +71,10 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
-    asked = any("case" in getattr(item, "fixturenames", ()) for item in session.items) or any("parity" in str(a) for a in session.config.args)
+    if hasattr(session.config, "workerinput"):   # one of several processes: the one that started them counts
+        return
+    items = getattr(session, "items", None)
+    asked = any("parity" in str(a) for a in session.config.args) or (any("case" in getattr(item, "fixturenames", ()) for item in items) if items is not None else session.config.args == session.config.getini("testpaths"))
     chosen = session.config.option.keyword or session.config.option.collectonly
     if asked and not chosen and golden_is_here() and not TALLY["checked"] and exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
