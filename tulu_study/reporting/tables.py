@@ -8,7 +8,7 @@ __all__ = ['FAILED', 'COLOURS', 'MEASURES', 'TABLE1_FIELDS', 'PUBLISHED_FIELDS',
            'values_of', 'loss_fact', 'legend', 'foot', 'head', 'rows_markdown', 'table3_markdown', 'styled',
            'tokenizer_name', 'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'table1_cell',
            'table1_head', 'table1_foot', 'table1_markdown', 'write_table', 'write_table1', 'write_table3', 'printed',
-           'published_table', 'published_tables']
+           'published_table', 'published_tables', 'table1_row']
 
 # %% ../../nbs/reporting/01_tables.ipynb #e55ea7f8
 import csv, html, io, json, math, statistics
@@ -344,3 +344,19 @@ def published_tables(out_dir) -> list[Path]:
     scores = [(column.published, column.published_setting, f"{column.published} {column.published_setting}") for column in table_columns()]
     return [*published_table("table1", "instruction datasets; lengths in LLaMA tokens", measures, out_dir),
             *published_table("table3", "LLaMA 13B by instruction data, October 2023", [*scores, ("Average", "mean of 6", "Average")], out_dir)]
+
+# %% ../../nbs/reporting/01_tables.ipynb #1172fba6
+def table1_row(report,        # of a conversion: an object with `to_dict`, or its dictionary
+               ) -> "Markdown":
+    "The paper's row of Table 1 above the converted one; dashes where the paper has none."
+    from IPython.display import Markdown
+    report = report.to_dict() if hasattr(report, "to_dict") else report
+    row = next((row for row in table_rows() if row.key == report["key"] and row.table1), None)
+    cells = [row and published("table1", row.table1, measure) for measure in MEASURES]
+    paper = ["—" if cell is None or cell.number is None else f"{printed(cell)}" for cell in cells]
+    own = ["not measured" if value is None else f"{value:,.{MEASURES[measure][1]}f}" for measure, value in measured(report).items()]
+    name = row_labels([report["key"]])[report["key"]]
+    tokens = tokenizer_name((report.get("lengths") or {}).get("tokenizer"))
+    table = markdown_table([escape(name), *(title for title, _ in MEASURES.values())], [["the paper", *paper], ["converted here", *own]])
+    foreign = f"Our lengths are in tokens of {escape(tokens)}, the paper's in LLaMA's: not comparable.\n" if tokens and not is_llama(tokens) else ""
+    return Markdown(table + (f"\n{foreign}" if foreign else ""))
