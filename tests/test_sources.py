@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tulu_study.core import sources
-from tulu_study.core.params import Source, SourceFile
+from tulu_study.core.params import Source, SourceFile, datasets
 from tulu_study.core.sources import SourceError, fetch
 
 CONTENT = b"".join(b"row %06d of the raw file\n" % i for i in range(40_000))     # about a megabyte
@@ -118,3 +118,100 @@ def test_every_missing_file_is_named(project):
     assert "a.json" in str(e.value) and "b.json" in str(e.value) and "c.json" not in str(e.value)
     with pytest.raises(SourceError, match=str(project/"mine")): fetch(several, root=project/"mine")
     with pytest.raises(SourceError, match="has no file d.json"): fetch(several, ["d.json"])
+
+
+# Several places of one file, pins, archives
+
+def places(server, first, *others, **file):
+    "A file whose first place is `first` and whose alternatives are `others`, paths on the server or hub repositories."
+    def at(path): return {"url": f"http://127.0.0.1:{server.server_port}{path}"} if path.startswith("/") else {"hub": path}
+    return Source(key="toy", name="Toy", folder="toy", licence="none", files=[SourceFile(name="rows.jsonl", **at(first), alternatives=[{"note": "write it yourself"}, *map(at, others)], **file)])
+
+
+def test_the_second_place_is_asked_when_the_first_is_gone(server, project):
+    assert fetch(places(server, "/gone", "/rows.jsonl", sha256=hashlib.sha256(CONTENT).hexdigest(), size=len(CONTENT)))["rows.jsonl"].read_bytes() == CONTENT
+    assert cached(project) == ["rows.jsonl"]
+
+
+def test_every_place_that_failed_is_named_with_the_advice(server, project):
+    with pytest.raises(SourceError) as e: fetch(places(server, "/gone", "/gone?too", size=5))
+    assert "404" in str(e.value) or "gone" in str(e.value)
+    assert f":{server.server_port}/gone, then at http" in str(e.value) and "Otherwise: write it yourself." in str(e.value) and "<sources root>/toy/rows.jsonl" in str(e.value)
+
+
+def test_an_alternative_is_held_to_the_same_size_and_checksum(server, project):
+    with pytest.raises(SourceError, match=f"{len(CONTENT):,} bytes, expected 5"): fetch(places(server, "/rows.jsonl", "/again", size=5))
+    assert cached(project) == []
+
+
+def test_what_one_place_began_another_does_not_finish(server, project):
+    part = project/"cache"/"toy"/"rows.jsonl.part"
+    part.parent.mkdir(parents=True)
+    def spoil(*a):
+        part.write_bytes(b"<html>not found</html>")
+        raise OSError("gone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_from_hub", spoil)
+        assert fetch(places(server, "datasets/a/b", "/rows.jsonl"))["rows.jsonl"].read_bytes() == CONTENT
+
+
+def test_a_hub_file_is_had_at_its_pinned_revision_and_path(project, monkeypatch):
+    import huggingface_hub
+    asked, there = [], project/"blob"
+    there.write_bytes(b"{}\n")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(there))
+    one = Source(key="toy", name="Toy", folder="toy", licence="none", files=[SourceFile(name="local.jsonl", hub="datasets/own/er", path="deep/far.jsonl", revision="abc123", sha256=hashlib.sha256(b"{}\n").hexdigest())])
+    assert fetch(one)["local.jsonl"].read_bytes() == b"{}\n"
+    assert asked == [(("own/er", "deep/far.jsonl"), {"repo_type": "dataset", "revision": "abc123"})]
+
+
+def test_members_of_zip_and_tar_archives_and_packed_files(project):
+    import gzip, io, tarfile, zipfile
+    with zipfile.ZipFile(project/"a.zip", "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr("core.json", '[{"a": 1}]')
+    with tarfile.open(project/"b.tar.gz", "w:gz") as archive:
+        for name in ("repo/tasks/one.json", "repo/tasks/two.json", "repo/tasks/deep/three.json", "repo/other.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            archive.addfile(info, io.BytesIO(b"[]"))
+    (project/"c.json.gz").write_bytes(gzip.compress(b"[]"))
+    files = [SourceFile(name="core.json", url=f"zip://core.json::file://{project}/a.zip", size=10, sha256=hashlib.sha256(b'[{"a": 1}]').hexdigest()),
+             SourceFile(name="tasks/", url=f"file://{project}/b.tar.gz!repo/tasks/"), SourceFile(name="c.json.gz", url=f"file://{project}/c.json.gz"),
+             SourceFile(name="other.txt", url=f"file://{project}/b.tar.gz!repo/other.txt")]
+    got = fetch(Source(key="toy", name="Toy", folder="toy", licence="none", files=files))
+    assert got["core.json"].read_text() == '[{"a": 1}]' and sorted(p.name for p in got["tasks/"].iterdir()) == ["one.json", "two.json"]
+    assert gzip.decompress(got["c.json.gz"].read_bytes()) == b"[]" and got["other.txt"].read_bytes() == b"[]"
+    before = sources.fingerprint(got["tasks/"])
+    (got["tasks/"]/"one.json").write_bytes(b"[1]")
+    assert sources.fingerprint(got["tasks/"]) != before
+    none = Source(key="toy", name="Toy", folder="none", licence="none", files=[SourceFile(name="tasks/", url=f"file://{project}/b.tar.gz!repo/tusks/")])
+    with pytest.raises(SourceError, match="holds no files in 'repo/tusks/'"): fetch(none)
+    assert not (project/"cache"/"none"/"tasks").exists()
+
+
+def test_a_damaged_zip_is_an_error_with_advice(project):
+    (project/"a.zip").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(SourceError, match="core.json could not be had"):
+        fetch(Source(key="toy", name="Toy", folder="toy", licence="none", files=[SourceFile(name="core.json", url=f"zip://core.json::file://{project}/a.zip")]))
+
+
+def test_where_files_are_is_said_without_downloading(server, project):
+    (project/"mirror"/"toy"/"tasks").mkdir(parents=True)
+    (project/"mirror"/"toy"/"tasks"/"one.json").write_text("[]")
+    files = [SourceFile(name="tasks/"), SourceFile(name="far.json", hub="datasets/a/b", revision="0123456789abcdef", alternatives=[{"note": "ask her"}]), SourceFile(name="none.json")]
+    rows = {row["file"]: row for row in sources.acquisition(Source(key="toy", name="Toy", folder="toy", licence="none", files=files), root=project/"mirror")}
+    assert [row["state"] for row in rows.values()] == ["in the sources root", "to be downloaded", "not here"]
+    assert rows["far.json"]["place"] == "datasets/a/b/far.json on the hub, at 0123456789ab" and rows["far.json"]["pinned"] == "revision" and rows["far.json"]["alternatives"] == ["ask her"]
+    assert not server.asked
+
+
+def test_every_dataset_of_the_paper_has_a_place_for_each_file():
+    for record in datasets().values():
+        assert record.files and record.licence and record.homepage, record.key
+        for row in sources.acquisition(record, root="/nowhere"): assert row["place"] != "no download is known", (record.key, row["file"])
+        assert all(len(f.revision) == 40 for f in record.files if f.revision), f"{record.key}: a commit is pinned by its 40 digits"
+
+
+@pytest.mark.parametrize("bad, said", [({"url": "https://a", "hub": "b/c"}, "expected one of them"), ({"url": "https://a", "revision": "main"}, "there is no hub"), ({"path": "x"}, "there is no hub"),
+                                       ({"alternatives": [{}]}, "needs a url"), ({"size": 0}, "greater than 0"), ({"sha256": "abc"}, "pattern"), ({"alternatives": [{"sha256": "0" * 64}]}, "not permitted")])
+def test_impossible_records_of_files_are_refused(bad, said):
+    with pytest.raises(ValueError, match=said): SourceFile(name="rows.jsonl", **bad)
