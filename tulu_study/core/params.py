@@ -23,7 +23,7 @@ class Record(BaseModel):
 # %% ../../nbs/core/01_params.ipynb #def9997e
 class Origin(Record):
     "One place that a raw file can be had from."
-    url: str | None = None        # direct download; "archive.tar!member" takes one member of an archive, "archive.tar!folder/" all below it
+    url: str | None = None        # direct download; "archive.tar!member" takes one member of an archive
     hub: str | None = None        # "datasets/owner/name" or "owner/name" on the Hugging Face hub
     path: str | None = None       # the file's path in that repository where it is not the file's name
     revision: str | None = None   # commit or tag on the hub
@@ -37,7 +37,7 @@ class Origin(Record):
 
 class SourceFile(Origin):
     "One raw file of a dataset, benchmark or model."
-    name: str                     # path below the record's folder, e.g. "test/anatomy_test.csv"; "tasks/" is a folder of files
+    name: str                     # path below the record's folder, e.g. "test/anatomy_test.csv"
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")  # of the file as downloaded, where it is fixed
     size: int | None = Field(None, gt=0)   # of the file as downloaded, in bytes
     optional: bool = False        # the converter does without it

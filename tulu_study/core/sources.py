@@ -6,10 +6,10 @@
 __all__ = ['SourceError', 'find', 'check', 'place', 'acquisition', 'fetch', 'fingerprint']
 
 # %% ../../nbs/core/05_sources.ipynb #b1117f69
-import fcntl, gzip, os, shutil, tarfile, tempfile
+import fcntl, gzip, os, shutil, tarfile
 from pathlib import Path
 from tqdm.auto import tqdm
-from .files import hash_json, sha256_file, write_atomic
+from .files import sha256_file, write_atomic
 from .params import Origin, Source, SourceFile
 from .settings import settings
 
@@ -25,7 +25,6 @@ def find(
 ) -> Path | None:              # the file, or None
     "Look for a raw file below a sources root, also with or without `.gz`."
     if root is None: return None
-    if name.endswith("/"): return next((path for path in (Path(root)/folder/name, Path(root)/name) if path.is_dir() and any(path.iterdir())), None)
     other = name.removesuffix(".gz") if name.endswith(".gz") else name + ".gz"
     for path in (Path(root)/folder/name, Path(root)/name, Path(root)/folder/other, Path(root)/other):
         if path.is_file():
@@ -85,30 +84,9 @@ def _from_url(
         os.replace(part, whole)
     if not member: return
     with tarfile.open(whole) as archive:
-        if member.endswith("/"): return _unpack(archive, member, target)
         try: write_atomic(target, archive.extractfile(member).read())
         except KeyError: raise SourceError(f"{file.name}: {whole.name} from {url} has no member {member!r}. Its publisher has changed it: put the file below the sources root.") from None
     check(target, file)
-
-# %% ../../nbs/core/05_sources.ipynb #eb374ae2
-def _unpack(
-    archive,        # an open tar archive
-    folder: str,    # a folder in it, ending in a slash
-    target: Path,   # where its files shall stand
-) -> None:
-    "Write the files directly in a folder of an archive, all of them or none. Raises SourceError when there are none."
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix="."))
-    try:
-        for member in archive:
-            name = member.name.removeprefix(folder)
-            if not member.isfile() or not member.name.startswith(folder) or "/" in name: continue
-            with open(work/name, "wb") as out: shutil.copyfileobj(archive.extractfile(member), out)
-        if not any(work.iterdir()): raise SourceError(f"{target.name}/: the archive {Path(archive.name).name} holds no files in {folder!r}. Its publisher has changed it: put the folder below the sources root.")
-        work.chmod(0o755)
-        os.replace(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 # %% ../../nbs/core/05_sources.ipynb #b54c2f6c
 def _from_hub(
@@ -178,7 +156,6 @@ def _download(
     with open(settings().cache/record.folder/".lock", "w") as lock:   # cells side by side may want one file: the second waits, and finds it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_file(): return check(target, file)
-        if target.is_dir(): return target
         failed = []
         for origin in origins:
             if failed and not file.sha256: target.with_name(target.name + ".part").unlink(missing_ok=True)   # what one place began, another finishes only under a checksum
@@ -204,7 +181,7 @@ def fetch(
     for name in names or known:
         file, cached = known[name], settings().cache/record.folder/name
         try:
-            if path := find(root, record.folder, name) or (check(cached, file) if cached.is_file() else cached if cached.is_dir() else None) or (None if file.optional else _download(record, file, root)): got[name] = path
+            if path := find(root, record.folder, name) or (check(cached, file) if cached.is_file() else None) or (None if file.optional else _download(record, file, root)): got[name] = path
         except SourceError as e: problems.append(str(e))
     if problems: raise SourceError("\n".join(problems))
     return got
@@ -213,10 +190,9 @@ def fetch(
 _hashes: dict = {}
 
 def fingerprint(
-    path: str | Path,   # a raw file, or a folder of them
+    path: str | Path,   # a raw file
 ) -> str:               # its SHA-256
     "Hash a file once per process and change."
-    if os.path.isdir(path): return hash_json({p.name: fingerprint(p) for p in sorted(Path(path).iterdir()) if p.is_file()})
     stat = os.stat(path)
     seen = (str(path), stat.st_size, stat.st_mtime_ns)
     if seen not in _hashes: _hashes[seen] = sha256_file(path)
