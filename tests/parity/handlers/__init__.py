@@ -36,7 +36,7 @@ HANDLER_MODULES = ("data", "training", "evaluation")
 # What a later issue covers: a dataset key, a benchmark key, or a (pattern of a) function's first word, and the stage.
 NOT_YET = {
     # datasets
-    "stanford_alpaca": "data", "code_alpaca": "data", "gpt4_alpaca": "data", "sharegpt": "data", "baize": "data",
+    "sharegpt": "data",
     "split_one_sample": "data", "filter_invalid_roles": "data", "should_be_filtered": "data",
     # benchmarks
     "bbh": "evaluation", "tydiqa": "evaluation", "codex_eval": "evaluation", "mgsm": "evaluation",
