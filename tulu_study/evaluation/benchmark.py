@@ -72,6 +72,7 @@ class Benchmark:
     temperature, top_p, n_samples = 0.0, 1.0, 1  # greedy, one completion
     cue = ""  # begins the assistant's turn in chat format
     max_prompt_tokens = None  # prompts are cut to this length where the benchmark does so, tokens
+    chat_format = True  # False: asked in plain form even where the model speaks a chat format
     per_group = None  # size of the paper's sample of each group; None: the paper does not sample by group
 
     def __init__(
@@ -101,6 +102,8 @@ class Benchmark:
     def choose(self, logprobs: list) -> str: raise TypeError(f"{type(self).__name__} has no choose; a benchmark of kind options defines choose and option_ids")
     def draw_group(self, members: list, n: int, stream) -> list: return draw(members, n, stream)
     def draw_exemplars(self, stream): "Draw exemplars from the stream that drew the questions."
+    def ready(self): "Raise where something that scoring needs is not there; called before anything is generated."
+    def finish(self, rows: list, store) -> list: return rows
     def correct(self, answer: str, target: str) -> float: return float(answer == target)
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #26f33ba7

@@ -6,6 +6,9 @@ A resumed run therefore sends exactly the requests that an uninterrupted run sen
 
 Beside `<benchmark>-<setting>.jsonl` lies `<benchmark>-<setting>.identity.json`: the checkpoint's hash, engine, dtype and everything else that
 changes a completion. When it differs, the predictions are not this run's and are made anew.
+
+What a benchmark needs for scoring (a sandbox, a judge) is asked for before the engine starts (`Benchmark.ready`); what it does after generating
+(`Benchmark.finish`: run code, ask the judge) is kept per completion in `<benchmark>-<setting>.checks.jsonl`, so that a kill costs none of it.
 """
 import json
 import time
@@ -13,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tulu_study.core.files import append_jsonl, hash_json, sha256_file, write_atomic
+from tulu_study.core.files import append_jsonl, hash_json, sha256_file, write_atomic, write_jsonl
 from tulu_study.core.settings import settings
 from tulu_study.evaluation.benchmark import load_benchmark, prompt_hash, prompts_hash
 from tulu_study.evaluation.engines import ENGINES, EngineError, choose_engine, installed_version
@@ -45,15 +48,16 @@ class Task:
     "One benchmark in one setting for one checkpoint: its requests, its predictions file, its chunks."
 
     def __init__(self, benchmark, options, chat, chunk_size, predictions_dir, max_prompt_tokens=None):
-        self.benchmark, self.chat, self.chunk_size = benchmark, chat, chunk_size
+        self.benchmark, self.chat, self.chunk_size = benchmark, chat and benchmark.chat_format, chunk_size
         self.name = f"{benchmark.record.key}-{benchmark.setting}"
         self.path = Path(predictions_dir) / f"{self.name}.jsonl"
+        self.store = self.path.with_suffix(".checks.jsonl")
         if benchmark.max_prompt_tokens and max_prompt_tokens:
             benchmark.limit_prompts(min(benchmark.max_prompt_tokens, max_prompt_tokens))
         self.examples = benchmark.examples(options.get("n"), options.get("per_group"))
-        self.prompts = [benchmark.prompt(example, chat) for example in self.examples]
+        self.prompts = [benchmark.prompt(example, self.chat) for example in self.examples]
         self.hashes = [prompt_hash(prompt) for prompt in self.prompts]
-        self.dropped = sum(benchmark.dropped_shots(example, chat) > 0 for example in self.examples)
+        self.dropped = sum(benchmark.dropped_shots(example, self.chat) > 0 for example in self.examples)
 
     def chunks(self):
         "Start and end of every chunk."
@@ -71,6 +75,7 @@ class Task:
         sidecar, text = self.path.with_suffix(".identity.json"), json.dumps(identity, indent=1, ensure_ascii=False) + "\n"
         if not sidecar.is_file() or sidecar.read_text(encoding="utf-8") != text:
             self.path.unlink(missing_ok=True)
+            self.store.unlink(missing_ok=True)
             write_atomic(sidecar, text)
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []  # what follows the last newline is torn
         done, keep = 0, 0
@@ -106,11 +111,20 @@ class Task:
         b, answer = self.benchmark, None
         if output.error is None:
             if b.kind == "options": output.texts, answer = [], b.choose(output.logprobs)
-            else: answer = b.extract(output.texts[0])
+            elif b.n_samples == 1: answer = b.extract(output.texts[0])
         row = {"example_id": example.id, "group": example.group, "prompt_hash": digest, "completions": output.texts, "answer": answer, "target": example.target,
                "score": None, "error": output.error, "prompt_tokens": output.prompt_tokens, "completion_tokens": output.completion_tokens, "finish": output.finish}
         if output.logprobs is not None: row["option_logprobs"] = [round(value, 5) for value in output.logprobs]
         return row | {"score": b.score_one(row)}
+
+
+def finished_rows(task: Task) -> list:
+    "The predictions with what the benchmark does after generating; written back where that changed them."
+    rows = read_predictions(task.path)
+    before = json.dumps(rows)
+    rows = task.benchmark.finish(rows, task.store)
+    if json.dumps(rows) != before: write_jsonl(task.path, rows)
+    return rows
 
 
 def read_predictions(path: str | Path) -> list:
@@ -121,7 +135,7 @@ def read_predictions(path: str | Path) -> list:
 def score_object(task: Task, model: dict, identity: dict, engine_facts: dict) -> dict:
     "The score file's content: what was measured, on what, with what."
     b, record = task.benchmark, task.benchmark.record
-    rows = read_predictions(task.path)
+    rows = finished_rows(task)
     result = b.score(rows)
     value = {key: result.pop(key) for key in ("value", "low", "high", "interval", "n", "n_errors")}
     finish = [reason for row in rows for reason in row["finish"]]
@@ -165,6 +179,7 @@ def evaluate(
         tokenizer.model_max_length = 1 << 40
         tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2)
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
+        for task in tasks: task.benchmark.ready()
     with timing("engine_start"):
         name, note = choose_engine(engine)
         common = {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype, "seed": seed,
