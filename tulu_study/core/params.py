@@ -159,6 +159,7 @@ class StudyModel(Record):
     "A base model and what it is fine-tuned on."
     base: str                         # key in models.yaml
     data: list[str] = Field(min_length=1)   # dataset or mix keys, or "vanilla"
+    training: dict = {}               # settings of fine-tuning that differ at this size
 
 class StudyData(Record):
     "How much raw data is used and how much of it may be bad."
@@ -176,7 +177,9 @@ class StudyTraining(Record):
     batch_size: int = Field(128, gt=0)            # conversations per optimiser step, over all ranks
     micro_batch_size: int = Field(2, gt=0)        # conversations per rank and forward pass
     zero_stage: Literal[0, 1, 2, 3] = 2
-    ranks: int = Field(1, gt=0)                   # processes, one per GPU
+    ranks: int = Field(1, gt=0)                   # processes, one per GPU, on all nodes together
+    nodes: int = Field(1, gt=0)                   # machines that they are spread over
+    offload: Literal["none", "optimizer", "all"] = "none"   # what DeepSpeed keeps in the host's memory
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     loss: Literal["token", "microbatch"] = "token"
@@ -185,6 +188,7 @@ class StudyTraining(Record):
     def divides(self):
         if self.batch_size % (self.micro_batch_size * self.ranks):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} x ranks {self.ranks}")
+        if self.ranks % self.nodes: raise ValueError(f"ranks {self.ranks} is not a multiple of nodes {self.nodes}")
         return self
 
 # %% ../../nbs/core/01_params.ipynb #7a57800f
@@ -215,6 +219,12 @@ class Study(Record):
     benchmarks: dict[str, StudyBenchmark]
     tables: list[Literal["table1", "table3"]] = []
     figures: list[Literal["change_by_dataset"]] = []
+
+    def training_for(self, size: str) -> StudyTraining:
+        "Settings of fine-tuning at one size: what the size says, else the study, else the base model's hardware, else the default."
+        record = models().get(self.models[size].base)
+        scale = record.scale.model_dump(exclude={"gpus", "accumulation"}) | {"ranks": record.scale.gpus * record.scale.nodes} if record and record.scale else {}
+        return StudyTraining(**scale | self.training.model_dump(exclude_unset=True) | self.models[size].training)
 
 # %% ../../nbs/core/01_params.ipynb #8f7f04ab
 class ParamsError(ValueError):
@@ -329,6 +339,17 @@ def mixes() -> dict[str, Mix]: return _load("datasets", "mixes", Mix)
 def benchmarks() -> dict[str, Benchmark]: return _load("benchmarks", "benchmarks", Benchmark)
 def models() -> dict[str, Model]: return _load("models", "models", Model)
 
+# %% ../../nbs/core/01_params.ipynb #a7c1e0d2
+def _training_problems(
+    study: Study,     # a study that fits the schema
+    size: str,        # one of its models
+) -> list[tuple]:     # (path, message)
+    "What is wrong with the settings of fine-tuning once those of the size and of the base model's hardware are joined."
+    try: study.training_for(size)
+    except ValidationError as e:
+        return [(("models", size, "training"), f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}".removeprefix(": ")) for p in e.errors()]
+    return []
+
 # %% ../../nbs/core/01_params.ipynb #5f023acd
 def _unknown(
     study: Study,     # a study that fits the schema
@@ -337,6 +358,7 @@ def _unknown(
     data, found = {**datasets(), **mixes(), "vanilla": None}, []
     for size, m in study.models.items():
         if m.base not in models(): found.append((("models", size, "base"), f"no base model {m.base!r}; there are {', '.join(models())}"))
+        else: found += _training_problems(study, size)
         found += [(("models", size, "data", i), f"no dataset or mix {d!r}; there are {', '.join(data)}") for i, d in enumerate(m.data) if d not in data]
     for key, b in study.benchmarks.items():
         if key not in benchmarks(): found.append((("benchmarks", key), f"no benchmark {key!r}; there are {', '.join(benchmarks())}"))
