@@ -37,12 +37,12 @@ HANDLER_MODULES = ("data", "training", "evaluation")
 NOT_YET = {
     # datasets
     "sharegpt": "data",
-    "split_one_sample": "data", "filter_invalid_roles": "data", "should_be_filtered": "data",
+    "split_one_sample": "data", "filter_invalid_roles": "data",
     # benchmarks
-    "bbh": "evaluation", "tydiqa": "evaluation", "codex_eval": "evaluation", "mgsm": "evaluation",
+    "codex_eval": "evaluation", 
     "truthfulqa": "evaluation", "toxigen": "evaluation",
-    "eval.bbh.*": "evaluation", "eval.tydiqa.*": "evaluation", "eval.codex_humaneval.*": "evaluation",
-    "codex_humaneval.*": "evaluation", "eval.mgsm.*": "evaluation", "eval.truthfulqa.*": "evaluation",
+    "eval.codex_humaneval.*": "evaluation",
+    "codex_humaneval.*": "evaluation", "eval.truthfulqa.*": "evaluation",
     "format_end2end_prompt": "evaluation", "split_multi_answer": "evaluation", "trim_answer": "evaluation",
     "MC_calcs": "evaluation", "eval.toxigen.*": "evaluation", "eval.utils.score_completions": "evaluation",
     # other stages
@@ -186,5 +186,5 @@ def sha256_rows(rows, sort_keys=True):
 def converted(key):
     "Path of the JSONL that the product makes of one raw folder of the mirror (made once a session)."
     from tulu_study.data import convert
-    convert(key, MIRROR, WORK.name)
+    convert(key, MIRROR, WORK.name, tokenizer=MIRROR / "tokenizers" / "llama" if key == "sharegpt" else None)
     return Path(WORK.name) / key / f"{key}_data.jsonl"

@@ -8,8 +8,10 @@ from pathlib import Path
 from handlers import MIRROR, CannotRebuild, converted, handles, same, sha256_rows
 from tulu_study.core.files import read_jsonl
 from tulu_study.core.messages import render_eval_chat
-from tulu_study.core.params import datasets
+from tulu_study.core.params import SourceFile, datasets
+from tulu_study.core.params import mixes
 from tulu_study.data import convert, converters
+from tulu_study.data.mixes import name_in
 from tulu_study.data.templates import WITH_INPUT, WITHOUT_INPUT, encode_few_shot_example, encode_instruction_example
 
 
@@ -107,14 +109,52 @@ def conversion(case):
             path = Path(folder) / "raw" / key / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
-        report = convert(key, Path(folder) / "raw", folder, seed=case.input.get("seed", 42), **options)
+        record, more = _record_and_more(key, case.input["raw_files"])
+        report = convert(record, Path(folder) / "raw", folder, seed=case.input.get("seed", 42), **options, **more)
         for name, rows in case.output["files"].items():
             same(list(read_jsonl(Path(folder) / key / name)), rows, name)
             assert [list(row) for row in read_jsonl(Path(folder) / key / name)] == [["dataset", "id", "messages"]] * len(rows)
+        dropped = report.reasons.pop("system_or_bing", 0)   # of these the reference prints the number
+        if said := re.search(r"invalid examples in sharegpt data: (\d+)", case.output.get("stdout") or ""):
+            same(dropped, int(said[1]), "conversations with system or bing")
         same({reason: n for reason, n in report.reasons.items() if reason not in SAYS_NOTHING}, {}, "rejected records")
 
 
-SAYS_NOTHING = {"no_instances"}   # rejected here; the reference passes over them without a word
+SAYS_NOTHING = {"no_instances", "empty_conversation"}   # rejected here; the reference passes over them without a word
+
+
+def _record_and_more(key, given):
+    "The record that fits the raw files, and the options that they need: the reference's ShareGPT converter starts from split files."
+    if key != "sharegpt":
+        return key, {}
+    ours = datasets()[key]
+    ready = not {file.name for file in ours.files} & set(given)
+    if ready:
+        return ours.model_copy(update={"files": [SourceFile(name=name) for name in given]}), {"already_split": True}
+    return key, {"tokenizer": MIRROR / "tokenizers" / "llama"}
+
+
+@handles("split_one_sample")
+def sharegpt_split(case):
+    "Pieces and the role filter, with one token a word, one for the beginning of a text, and six a message."
+    from tulu_study.data.sharegpt import HEADER, role_fault, split_paper
+    given = case.input if isinstance(case.input, dict) else {}
+    max_length = given.get("max_length", case.options.get("max_length"))
+    if not isinstance(max_length, int):
+        raise CannotRebuild(f"neither input {case.input!r} nor function {case.function!r} says max_length")
+    for expected in case.output if isinstance(case.output, list) else [case.output]:
+        words, name = expected["conversation_word_counts"], expected["id"]
+        senders = [("human", "gpt")[i % 2] for i in range(len(words))]
+        ranges = split_paper([n + 1 + HEADER for n in words], max_length)
+        same([[f"{name}_{start}", words[start:stop]] for start, stop in ranges], [list(piece) for piece in expected["after_split"]], name)
+        if "after_role_filter" in expected:
+            same([f"{name}_{start}" for start, stop in ranges if not role_fault(senders[start:stop])], expected["after_role_filter"], f"{name}, filtered")
+
+
+@handles("filter_invalid_roles")
+def sharegpt_roles(case):
+    from tulu_study.data.sharegpt import role_fault
+    same([[senders, int(not role_fault(senders))] for senders, _ in case.output], [[senders, int(kept)] for senders, kept in case.output])
 
 
 def _named_as_here(key, given):
@@ -141,3 +181,21 @@ def evaluation_prompt(case):
             same(render_eval_chat(messages, **{**extra, "add_bos": add_bos == "True"}), expected, f"add_bos={add_bos}")
     else:
         same(render_eval_chat(messages, **extra), case.output)
+
+
+@handles("should_be_filtered")
+def filtered_by_name(case):
+    "One answer for each text, or conversation, of the input: is one of Tülu 2's names in it?"
+    names = case.options.get("names") or mixes()["tulu_mix_unnamed"].exclude
+    given = case.input if isinstance(case.output, list) else [case.input]
+    found = [bool(name_in(_conversation(item), names)) for item in given]
+    same(found, case.output if isinstance(case.output, list) else [case.output])
+
+
+def _conversation(item):
+    "A text, a message, a list of either, or a row {messages}, as messages."
+    if isinstance(item, dict):
+        return _conversation(item["messages"]) if "messages" in item else [{"role": "user", **item}]
+    if isinstance(item, list):
+        return [message for one in item for message in _conversation(one)]
+    return [{"role": "user", "content": item}]
