@@ -31,7 +31,7 @@ MIRROR = Path(os.environ.get("TULU_MIRROR") or ROOT.parent / "shared" / "mirror"
 
 VECTORS = "reference_vectors.json"
 MIRROR_FILES = ("mirror_conversations.json", "mirror_encodings.json", "mirror_prompts.json")
-HANDLER_MODULES = ("data", "training", "evaluation")
+HANDLER_MODULES = ("data", "training", "evaluation", "codex")
 
 # What a later issue covers: a dataset key, a benchmark key, or a (pattern of a) function's first word, and the stage.
 NOT_YET = {
@@ -39,10 +39,8 @@ NOT_YET = {
     "sharegpt": "data",
     "split_one_sample": "data", "filter_invalid_roles": "data",
     # benchmarks
-    "codex_eval": "evaluation", 
     "truthfulqa": "evaluation", "toxigen": "evaluation",
-    "eval.codex_humaneval.*": "evaluation",
-    "codex_humaneval.*": "evaluation", "eval.truthfulqa.*": "evaluation",
+    "eval.truthfulqa.*": "evaluation",
     "format_end2end_prompt": "evaluation", "split_multi_answer": "evaluation", "trim_answer": "evaluation",
     "MC_calcs": "evaluation", "eval.toxigen.*": "evaluation", "eval.utils.score_completions": "evaluation",
     # other stages
