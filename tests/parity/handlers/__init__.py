@@ -35,9 +35,6 @@ HANDLER_MODULES = ("data", "training", "evaluation", "codex")
 
 # What a later issue covers: a dataset key, a benchmark key, or a (pattern of a) function's first word, and the stage.
 NOT_YET = {
-    # datasets
-    "sharegpt": "data",
-    "split_one_sample": "data", "filter_invalid_roles": "data",
     # benchmarks
     "truthfulqa": "evaluation", "toxigen": "evaluation",
     "eval.truthfulqa.*": "evaluation",
