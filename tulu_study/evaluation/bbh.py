@@ -6,16 +6,16 @@
 __all__ = ['ANSWER_PAPER', 'ANSWER_FIXED', 'task_files', 'read_task', 'direct_block', 'few_shot_text', 'find_answer',
            'same_answer', 'BBH']
 
-# %% ../../nbs/evaluation/04_bbh.ipynb #80e75365
+# %% ../../nbs/evaluation/04_bbh.ipynb #fc3c8467
 import json
 import re
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from fastcore.basics import patch
 
 from ..core.sources import SourceError, fetch
 from .benchmark import Benchmark, Example, chat_prompt, check_rows, local_files, register
+from .gsm import same_number
 from .metrics import exact_match
 
 # %% ../../nbs/evaluation/04_bbh.ipynb #34d1ae91
@@ -83,16 +83,15 @@ def find_answer(
     found = (ANSWER_PAPER if protocol == "paper" else ANSWER_FIXED).search(completion)
     return (found[1] if found else completion).strip()
 
-# %% ../../nbs/evaluation/04_bbh.ipynb #a39953c4
+# %% ../../nbs/evaluation/04_bbh.ipynb #66834840
 def same_answer(
     answer: str,  # found in the completion
     target: str,  # the gold answer
 ) -> float:  # 1.0 or 0.0
     "Equality that keeps signs, points and brackets where they are the answer (known bug A16, fixed)."
-    try: return float(Decimal(answer.replace("−", "-").replace(",", "")) == Decimal(target))
-    except InvalidOperation: pass
     if any(letter.isalpha() for letter in target): return exact_match(answer, target)
-    return float("".join(answer.split()) == "".join(target.split()))
+    same_signs = float("".join(answer.split()) == "".join(target.split()))
+    return max(same_signs, same_number(answer.replace("−", "-").replace(",", ""), target))
 
 # %% ../../nbs/evaluation/04_bbh.ipynb #b42b550e
 @register("bbh")

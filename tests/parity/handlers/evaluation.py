@@ -11,11 +11,14 @@ import pytest
 
 from handlers import MIRROR, CannotRebuild, VECTORS, golden, handles, same
 from tulu_study.core.files import write_jsonl
+from tulu_study.core.params import benchmarks
 from tulu_study.evaluation import load_benchmark
 from tulu_study.evaluation.benchmark import prompts_hash
 from tulu_study.evaluation.gsm import demonstration, demonstrations, last_number
 from tulu_study.evaluation.metrics import exact_match, squad_exact_match, squad_f1
+from tulu_study.evaluation.mgsm import CUES, find_number
 from tulu_study.evaluation.mmlu import cells, question_text, read_rows
+from tulu_study.evaluation.tydiqa import TEMPLATES, flatten
 
 
 def sha256(text):
@@ -194,6 +197,167 @@ def csv_quirks(case):
         at += printed[at:].index(expected) + 1
 
 
+# -------------------------------------------------------------------------------------------------------------------- bbh
+
+def _written(key, files, **options):
+    "A benchmark made of files that are written for the moment: name below the benchmark's folder -> text."
+    root = Path(tempfile.mkdtemp(prefix=f"parity-{key}-"))
+    for name, text in files.items():
+        (root / key / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / key / name).write_text(text, encoding="utf-8")
+    benchmark = load_benchmark(key, source_root=root, **options)
+    shutil.rmtree(root)
+    return benchmark
+
+
+def _decoding(benchmark, chat, kwargs, nested=0):
+    "Compare decoding options; the vectors write a stop string as toy ids, 1000 + ord(character), and BBH's one level deeper."
+    stop = [[1000 + ord(letter) for letter in text] for text in benchmark.stop(chat)]
+    for _ in range(nested): stop = [stop] if stop else stop
+    found = {"max_new_tokens": benchmark.max_new_tokens, "stop_id_sequences": stop or None, "temperature": benchmark.temperature, "do_sample": benchmark.temperature > 0}
+    same({key: found[key] for key in kwargs if key in found}, {key: value for key, value in kwargs.items() if key in found}, "decoding")
+
+
+@handles("eval.bbh.run_eval.main")
+def bbh_main(case):
+    "Prompts, extraction and scores of toy tasks; their rows are rebuilt from the predictions where they are not given."
+    given, wanted = case.options | (case.input if isinstance(case.input, dict) else {}), case.output
+    tasks = given["examples"] if isinstance(given.get("examples"), dict) else _bbh_rows(given.get("canned_outputs", {}), wanted.get("predictions", {}))
+    shots, prompts = given["cot_prompt_file"], {key: text for key, text in wanted.items() if key.startswith("prompt")}
+    setting = "direct" if given.get("no_cot", all("step by step" not in text for text in prompts.values())) else "cot"
+    chat = given.get("use_chat_format", any(text.startswith("<|user|>") for text in prompts.values()))
+    files = {f"bbh/{task}.json": json.dumps({"examples": rows}) for task, rows in tasks.items()} | {f"cot-prompts/{task}.txt": shots for task in tasks}
+    benchmark = _written("bbh", files, setting=setting, n_shot=given.get("n_shot", shots.count("\n\nQ:")))
+    limit = given.get("max_num_examples_per_task")
+    examples = benchmark.examples(per_group=limit) if limit else benchmark.examples("all")
+    for key, text in prompts.items():
+        fitting = [e for e in examples if e.group.split("_")[-1] in key] or examples
+        same(benchmark.prompt(fitting[0], chat), text, key)
+    _decoding(benchmark, chat, wanted.get("generation_kwargs", {}), nested=1)
+    answers = {e.id: given["canned_outputs"][e.fields["input"]] for e in examples}
+    found = {task: [[answers[e.id], benchmark.extract(answers[e.id]), e.target] for e in examples if e.group == task] for task in tasks}
+    if "predictions" in wanted: same(found, wanted["predictions"], "predictions")
+    result = benchmark.score([{"group": e.group, "target": e.target, "completions": [answers[e.id]]} for e in examples])
+    scores = {task: group["value"] / 100 for task, group in result["groups"].items()} | {"average_exact_match": result["value"] / 100}
+    assert scores == pytest.approx(wanted["metrics"]), f"scores: found {scores}, expected {wanted['metrics']}"
+
+
+def _bbh_rows(outputs, predictions):
+    "Inputs are known by what was written for them, targets by the prediction's row."
+    tasks, left = {}, dict(outputs)
+    for task, rows in predictions.items():
+        for raw, _, target in rows:
+            asked = next((question for question, text in left.items() if text == raw), None)
+            if asked is None: raise CannotRebuild(f"no input is given for the output {raw!r} of {task}")
+            left.pop(asked)
+            tasks.setdefault(task, []).append({"input": asked, "target": target})
+    if not tasks: raise CannotRebuild("the toy tasks are not given, and no predictions to rebuild them from")
+    return tasks
+
+
+# ----------------------------------------------------------------------------------------------------------------- tydiqa
+
+class CharactersWithBos(Characters):
+    "The toy tokenizer of the truncation vectors: one id per character behind a BOS, which decoding keeps."
+    def encode(self, text, add_special_tokens=True): return [1, *super().encode(text)]
+    def decode(self, ids): return "".join("<s>" if i == 1 else chr(i - 1000) for i in ids)
+
+
+@handles("eval.tydiqa.run_eval.main")
+def tydiqa_main(case):
+    "Prompts by language, decoding, and averages; where a vector gives scores without completions, completions are made to match."
+    given = (case.input if isinstance(case.input, dict) else _tydiqa_sibling(case)) | case.options
+    wanted = case.output if isinstance(case.output, dict) else {"prompts": {"": case.output}}
+    texts = list(wanted.get("prompts", {}).values())
+    chat = given.get("use_chat_format", any(text.startswith("<|user|>") for text in texts))
+    closed = given.get("no_context", not any(words[0] in text for words in TEMPLATES.values() for text in texts))
+    files = {f"tydiqa-goldp-v1.1-{split}.json": json.dumps(given[split]) for split in ("dev", "train") if split in given}
+    benchmark = _written("tydiqa", files, setting="closed_book" if closed else "gold_passage", tokenizer=CharactersWithBos(), n_shot=given.get("n_shot", 1))
+    benchmark.max_context_tokens = given.get("max_context_length", 512)
+    limit = given.get("max_num_examples_per_lang")
+    examples = benchmark.examples(per_group=limit) if limit else benchmark.examples("all")
+    for language, text in wanted.get("prompts", {}).items():
+        found = [benchmark.prompt(e, chat) for e in examples if language in ("", e.group)]
+        if not language: assert text in found, f"{text!r} is none of {found}"
+        else: same(found[0], text, f"prompt in {language}")
+    _decoding(benchmark, chat, wanted.get("generation_kwargs", {}))
+    if "metrics" in wanted: _tydiqa_scores(benchmark, examples, given.get("canned_outputs") or given.get("outputs"), wanted["metrics"])
+
+
+def _tydiqa_sibling(case):
+    found = {json.dumps(v["input"]): v["input"] for v in golden(VECTORS)[case.group] if v["function"].startswith(case.word) and isinstance(v["input"], dict) and "dev" in v["input"]}
+    fitting = [given for given in found.values() if any(row["question"] in json.dumps(case.output, ensure_ascii=False) for row in flatten(given["dev"]))]
+    if len(fitting) != 1: raise CannotRebuild("the rows are not given, and no other vector of this function says which they are")
+    return fitting[0]
+
+
+def _tydiqa_scores(benchmark, examples, outputs, metrics):
+    rows = []
+    for at, example in enumerate(examples):
+        if isinstance(outputs, dict): text = next((outputs[key] for key in (example.id, example.fields["question"], example.group) if key in outputs), None)
+        else: text = outputs[at] if outputs else _completion_with(metrics[example.group], example.target, sum(e.group == example.group for e in examples))
+        if text is None: raise CannotRebuild(f"no completion is given for {example.id}")
+        rows.append({"group": example.group, "target": example.target, "completions": [text]})
+    result = benchmark.score(rows)
+    found = {group: {"f1": value["value"], "exact_match": result["exact_match"]["groups"][group]["value"]} for group, value in result["groups"].items()}
+    found["average"] = {"f1": result["value"], "exact_match": result["exact_match"]["value"]}
+    for name, values in metrics.items(): assert found[name] == pytest.approx(values), f"{name}: found {found[name]}, expected {values}"
+
+
+def _completion_with(scores, accepted, members):
+    "A completion of the accepted answer and other words that has these scores."
+    tries = ["", *(accepted[0] + " x" * k for k in range(40))]
+    fitting = [text for text in tries if (100 * squad_exact_match(text, accepted), 100 * squad_f1(text, accepted)) == pytest.approx((scores["exact_match"], scores["f1"]))]
+    if members > 1 or not fitting: raise CannotRebuild(f"the completions are not given, and none is known that scores {scores}")
+    return fitting[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- mgsm
+
+def _mgsm_shots():
+    "The published exemplars where the mirror has their language; others get the English numbers, which all languages share."
+    known = json.loads((MIRROR / "mgsm" / "exemplars.json").read_text(encoding="utf-8"))
+    english = {at: find_number(shot["a"].rstrip(".")) for at, shot in known["en"].items()}
+    return known, {language: known.get(language) or {at: {"q": "?", "a": f"= {number}."} for at, number in english.items()} for language in CUES}
+
+
+@handles("eval.mgsm.run_eval.main")
+def mgsm_main(case):
+    "Every language has the same rows. Of a language whose exemplars the mirror lacks, the order of the exemplars is compared by their results."
+    given, wanted = case.options | case.input, case.output
+    known, shots = _mgsm_shots()
+    rows = given["rows"] if isinstance(given["rows"], dict) else {language: given["rows"] for language in CUES}
+    files = {f"mgsm_{language}.tsv": "".join(f"{question}\t{answer}\n" for question, answer in pairs) for language, pairs in rows.items()}
+    benchmark = _written("mgsm", files | {"exemplars.json": json.dumps(shots)}, setting="cot", n_shot=given.get("n_shot", 6))
+    limit = given.get("max_num_examples_per_lang")
+    examples = benchmark.examples(per_group=limit) if limit else benchmark.examples("all")
+    first = {language: next(e for e in examples if e.group == language) for language in rows}
+    texts = {key: value for key, value in wanted.items() if "prompt" in key}
+    chat = given.get("use_chat_format", any("<|assistant|>" in text or text.startswith("<|user|>") for text in texts.values()))
+    for key, text in texts.items():
+        language = key.split("_")[0]
+        found = benchmark.prompt(first[language], chat)
+        if language in known: assert text in (found, found[:len(text)], found[-len(text):]), f"{key}: {found!r}"
+        elif "tail" in key:
+            (demos, asked), (_, mine) = text.rsplit("\n\n", 1), found.rsplit("\n\n", 1)
+            same((mine, find_number(benchmark.exemplars[language][-1]["a"].rstrip("."))), (asked, find_number(demos.rstrip(".。"))), key)
+    for key in [key for key in wanted if key.endswith("_n_demos")]: same(len(benchmark.exemplars[key.split("_")[0]]), wanted[key], key)
+    _decoding(benchmark, chat, wanted.get("generation_kwargs", {}))
+    _mgsm_scores(benchmark, examples, rows, given["outputs"], wanted)
+
+
+def _mgsm_scores(benchmark, examples, rows, outputs, wanted):
+    "Completions are given for the rows of one language, in order."
+    at = {language: {question: i for i, (question, _) in enumerate(pairs)} for language, pairs in rows.items()}
+    texts = {e.id: (outputs[e.group] if isinstance(outputs, dict) else outputs)[at[e.group][e.fields["question"]]] for e in examples}
+    result = benchmark.score([{"group": e.group, "target": e.target, "completions": [texts[e.id]]} for e in examples])
+    found = {language: group["value"] / 100 for language, group in result["groups"].items()} | {"average": result["value"] / 100}
+    if "metrics" in wanted: assert found == pytest.approx(wanted["metrics"]), f"found {found}, expected {wanted['metrics']}"
+    for key in [key for key in wanted if key.endswith("_rows")]:
+        same([{"question": e.fields["question"], "answer": e.target, "model_output": texts[e.id], "prediction": benchmark.extract(texts[e.id])}
+              for e in examples if e.group == key.split("_")[0]], wanted[key], key)
+
+
 # ------------------------------------------------------------------------------------------------------ the whole mirror
 
 @functools.lru_cache(maxsize=None)
@@ -204,7 +368,18 @@ def llama():
 
 @handles("mirror_prompts")
 def every_prompt(case):
-    key, setting, form = case.id.split("/")
-    benchmark = load_benchmark(key, setting, source_root=MIRROR, tokenizer=llama())
-    prompts = [benchmark.prompt(example, chat=form == "chat") for example in benchmark.examples()]
+    "benchmark/setting/form, and further parts for another number of exemplars or examples."
+    key, rest = case.id.split("/")[0], case.id.split("/")[1:]
+    found = re.findall(r"(?:n_?shot|ntrain|shots?)\W?=?(\d+)|(?<!\w)(\d+)[-_ ]?shots?(?!\w)", "/".join(rest)) if key != "mmlu" else []
+    n_shot = int("".join(found[0])) if found else None
+    limits = {name: int(number) for part in rest for name, number in re.findall(r"(per_group|per_task|per_lang\w*|max_num_examples\w*|n_instances|n)=(\d+)", part)}
+    per_group = next((number for name, number in limits.items() if "per_" in name or name == "n_instances"), None)
+    n = next((number for name, number in limits.items() if name in ("n", "max_num_examples")), "all" if "all" in rest else None)
+    settings = benchmarks()[key].settings
+    aliases = {"no_context": "closed_book", "no_cot": "direct", "with_context": "gold_passage", "context": "gold_passage"}
+    setting = next((aliases.get(part, part) for part in rest if aliases.get(part, part) in settings), None)
+    form = next((part for part in rest if part in ("plain", "chat")), None)
+    if not (setting and form): raise CannotRebuild(f"{case.id}: no setting of {key} ({', '.join(settings)}) or no form (plain, chat) in it")
+    benchmark = load_benchmark(key, setting, source_root=MIRROR, tokenizer=llama(), n_shot=n_shot)
+    prompts = [benchmark.prompt(example, chat=form == "chat") for example in benchmark.examples(n, per_group)]
     same({"prompts": len(prompts), "characters": sum(map(len, prompts)), "sha256": prompts_hash(prompts)}, case.output, case.id)
