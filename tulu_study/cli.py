@@ -9,7 +9,7 @@ from fastcore.script import anno_parser, call_parse
 from tulu_study.core.cells import CellError, check_parameters, read_manifest, run_cell
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
-from tulu_study.core.params import ParamsError
+from tulu_study.core.params import ParamsError, models
 from tulu_study.core.process import Held, die_with_parent, hold, start_child
 from tulu_study.core.settings import packaged_root, project_root, settings
 from tulu_study.core.sources import SourceError
@@ -28,8 +28,13 @@ def _table(rows: list[list[str]], head: list[str]) -> str:
 def plan(
     study: str = "nano",   # a study of params/studies, or a path to a study file
     unfinished: bool = False,   # leave out cells that are done
+    cost: bool = False,    # predict what every fine-tuning takes (always for studies of published base models)
+    gpu_memory: float = 74.5,   # GiB of one GPU (an 80 GB card shows 74.5)
+    tflops: float = 312.0,      # its advertised speed in bf16
+    utilisation: float = 0.4,   # share of it that training reaches
+    price: float = 2.0,         # USD for one GPU and hour
 ):
-    "List every cell of a study with its state and the reason."
+    "List every cell of a study with its state and the reason, and what its fine-tunings will cost."
     grid = load(study)
     states = {name: grid.state(name) for name in grid}
     rows = [[MARKS[s.word], name, s.word, s.reason] for name, s in states.items() if not (unfinished and s.word == "done")]
@@ -37,6 +42,16 @@ def plan(
     print(_table(rows, ["", "cell", "state", "reason"]))
     counts = collections.Counter(s.word for s in states.values())
     print(f"\n{len(grid)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "." + ("" if counts["done"] == len(grid) else f" `tulu-study run {study}` does the rest."))
+    if cost or any(models()[m.base].kind == "hub" for m in grid.study.models.values()): _costs(grid, gpu_memory, tflops, utilisation, price)
+
+
+def _costs(grid: Grid, gpu_memory: float, tflops: float, utilisation: float, price: float) -> None:
+    "Print what the fine-tunings of a study will cost."
+    from tulu_study.planning import cost_lines, cost_rows
+    from tulu_study.training.scale import Rates
+    rates = Rates(gpu_memory, tflops, utilisation, price)
+    head, rows, below = cost_lines(cost_rows(grid, rates), rates)
+    print("\n" + _table(rows, head) + "\n\n" + "\n".join(below))
 
 
 @contextlib.contextmanager
@@ -242,7 +257,9 @@ def main() -> None:
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in ("study", "name") if n in inspect.signature(function).parameters]).parse_args(sys.argv[2:]))
+    words = sys.argv[2:]
+    if "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
+    given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in ("study", "name") if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
     except (CellError, ParamsError, SourceError, ValueError, FileNotFoundError) as e:
         print(f"tulu-study {command}: {e}", file=sys.stderr)

@@ -140,7 +140,7 @@ class Grid(dict):
             name, checkpoint, tuned = f"{size}-{data}", self[base].out_dir, base
             about = dict(model=name, base=model.base, data=data, size=size)
             if data != "vanilla":
-                t = study.training
+                t = study.training_for(size)
                 checkpoint = self.root/"checkpoints"/name
                 tuned = self._add("finetune", name, "finetune", dict(**about, limit=study.data.limit, seed=study.seed, protocol=study.protocol, **t.model_dump(), base_dir=str(self[base].out_dir),
                                   data_file=str(self.root/"data"/data/f"{data}_data.jsonl")), [base, self._data_cell(data)], {"record": models()[model.base].model_dump(mode="json")}, t.ranks)
