@@ -116,6 +116,18 @@ def test_raw_files_count_by_content_and_not_by_time(house, tmp_path):
     assert "convert-dolly" in got and "finetune-13B-dolly" in got and "convert-cot" not in got and "base_model-smollm2-135m" not in got
 
 
+def test_files_that_a_raw_file_names_count_too(house, tmp_path):
+    "SuperNI's record names a list of tasks, and the list names the task files."
+    root = tmp_path/"raw"
+    (root/"super_ni"/"tasks").mkdir(parents=True)
+    for name in ("splits.txt", "tasks/one.json"): (root/"super_ni"/name).write_text("{}")
+    edit(house/"settings.ini", "sources =", f"sources = {root}")
+    edit(house/"params"/"studies"/"mini.yaml", "[vanilla, dolly, cot, oasst1]", "[vanilla, dolly, super_ni]")
+    before = keys(house, "mini")
+    (root/"super_ni"/"tasks"/"one.json").write_text("[]")
+    assert "convert-super_ni" in moved(before, keys(house, "mini"))
+
+
 def test_tokenizers_and_local_base_models_count_by_content(house, tmp_path):
     root = tmp_path/"raw"
     for folder, name in (("tokenizers/llama", "tokenizer.json"), ("models/smollm2-135m", "model.gguf")):

@@ -88,9 +88,8 @@ class Grid(dict):
         "Identify a record and, where they lie in a sources root of the site's, the bytes of its raw files."
         found = {"record": record.model_dump(mode="json")}
         if self.study.world is None and self.sources:
-            files = {f.name: find(self.sources, record.folder, f.name) for f in record.files}
-            if not all(files.values()) and (self.sources/record.folder).is_dir():      # an archive's members, lying there unpacked
-                files |= {str(p.relative_to(self.sources)): p for p in sorted((self.sources/record.folder).rglob("*")) if p.is_file()}
+            files = {f.name: find(self.sources, record.folder, f.name) for f in record.files if not f.name.endswith("/")}
+            files |= {str(p.relative_to(self.sources)): p for p in sorted((self.sources/record.folder).rglob("*")) if p.is_file()}   # a file may name others that lie beside it
             found["files"] = {name: fingerprint(path) for name, path in files.items() if path}
         return found
 
