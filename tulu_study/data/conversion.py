@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVERTERS', 'LIMITS', 'DatasetError', 'converter', 'converters', 'find_converter', 'dataset_record', 'Raw',
-           'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'count_tokens', 'token_lengths',
-           'named_tokenizer', 'convert', 'require_accepted', 'two_samples']
+           'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'token_lengths', 'named_tokenizer',
+           'convert', 'require_accepted', 'two_samples']
 
 # %% ../../nbs/data/02_conversion.ipynb #d41a9cf9
 import importlib.util, inspect, json, pkgutil, random
@@ -19,6 +19,7 @@ from ..core.files import read_jsonl, write_atomic, write_jsonl
 from ..core.messages import check_messages
 from ..core.params import Dataset, datasets
 from ..core.sources import fetch
+from .counting import token_counter
 from .reading import BadRecord, RawRecord, read_records
 
 # %% ../../nbs/data/02_conversion.ipynb #9c5aa841
@@ -211,16 +212,6 @@ def counted(
 # %% ../../nbs/data/02_conversion.ipynb #fabac463
 LIMITS = (512, 768, 1024, 1536, 2048, 4096)  # totals above these are counted
 
-
-def count_tokens(
-    texts: list,  # texts
-    tokenizer,  # from transformers or from tokenizers
-) -> list[int]:  # tokens in each, special tokens left out
-    "Tokenise a batch of texts."
-    if hasattr(tokenizer, "encode_batch"):
-        return [len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-
 # %% ../../nbs/data/02_conversion.ipynb #af45451f
 def _spread(values: list) -> dict:
     "n, mean, median, 90th percentile, maximum."
@@ -237,10 +228,11 @@ def token_lengths(
     batch: int = 256,  # conversations tokenised together
 ) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it)
     "Token lengths of a set of conversations."
+    count = token_counter(tokenizer, special=False)
     lengths, totals, waiting = {"system": [], "user": [], "assistant": []}, [], []
     def flush():
         flat = [message for row in waiting for message in row["messages"]]
-        counts = iter(count_tokens([message["content"] for message in flat], tokenizer))
+        counts = iter(count([message["content"] for message in flat]))
         for row in waiting:
             totals.append(0)
             for message in row["messages"]:
