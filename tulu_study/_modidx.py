@@ -330,6 +330,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'tulu_study.data.templates.encode_instruction_example': ( 'data/templates.html#encode_instruction_example',
                                                                                                      'tulu_study/data/templates.py')},
             'tulu_study.data.tulu_v1': { 'tulu_study.data.tulu_v1._finish': ('data/tulu_v1.html#_finish', 'tulu_study/data/tulu_v1.py'),
+                                         'tulu_study.data.tulu_v1._gap': ('data/tulu_v1.html#_gap', 'tulu_study/data/tulu_v1.py'),
                                          'tulu_study.data.tulu_v1.convert_tulu_v1': ( 'data/tulu_v1.html#convert_tulu_v1',
                                                                                       'tulu_study/data/tulu_v1.py'),
                                          'tulu_study.data.tulu_v1.folder_counts': ( 'data/tulu_v1.html#folder_counts',

@@ -175,7 +175,8 @@ class StudyTraining(Record):
     weight_decay: float = Field(0.0, ge=0)
     max_seq_length: int = Field(2048, gt=8)
     batch_size: int = Field(128, gt=0)            # conversations per optimiser step, over all ranks
-    micro_batch_size: int = Field(2, gt=0)        # conversations per rank and forward pass
+    micro_batch_size: int = Field(2, gt=0)        # conversations per rank and forward pass; with packing, max_seq_lengths of tokens
+    packing: bool = True                          # conversations end to end instead of padded: same steps and losses, less work
     zero_stage: Literal[0, 1, 2, 3] = 2
     ranks: int = Field(1, gt=0)                   # processes, one per GPU, on all nodes together
     nodes: int = Field(1, gt=0)                   # machines that they are spread over
