@@ -1,11 +1,6 @@
-"""Fine-tuning end to end on the CPU: DeepSpeed ZeRO 2 and 3 with one and two ranks, against a plain loop, killed, damaged.
-
-The tiny LLaMA has 71 thousand float32 parameters. Two runs that add the same numbers in another order may differ by `TOLERANCE` in any
-weight after six optimiser steps at rate 1e-3 (AdamW's first steps have nearly the size of the rate, whatever the gradient's)."""
+"""Fine-tuning end to end on the CPU: DeepSpeed ZeRO 2 and 3 with one and two ranks, packed and padded, against a plain loop, killed, damaged."""
 import json
 import math
-import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -16,88 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tulu_study.training.config import FinetuneConfig, TrainingError
-from tulu_study.training.finetune import EpochOrder, explain, main, sample_conversations
+from finetunings import TOLERANCE, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
+from tulu_study.training.config import TrainingError
+from tulu_study.training.finetune import EpochOrder, PackOrder, explain, sample_conversations
 from tulu_study.training.launch import _why, environment_for, launch
 
-TOLERANCE = 2e-5
-SETTINGS = dict(batch_size=8, micro_batch_size=2, learning_rate=1e-3, warmup_ratio=0.2, max_seq_length=96, precision="fp32", data="sums")
 SAME = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trained.json", "sample.json", "README.md")
-
-
-def byte_tokenizer(*specials, **roles):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    alphabet = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, **roles)
-
-
-def make_base(folder, family):
-    import torch
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig
-    torch.manual_seed(0)
-    if family == "llama":
-        tokenizer = byte_tokenizer("<unk>", "<s>", "</s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        config = LlamaConfig(vocab_size=259, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2)
-    elif family == "gpt_neox":
-        tokenizer = byte_tokenizer("<|endoftext|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
-        config = GPTNeoXConfig(vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128)
-    else:
-        tokenizer = byte_tokenizer("<s>", "<pad>", "</s>", "<unk>", bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
-        config = OPTConfig(vocab_size=264, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128, word_embed_proj_dim=32)
-    tokenizer.save_pretrained(folder)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    "A folder with three base models and 21 conversations of unequal length: the last step of an epoch is a smaller one."
-    root, draw = tmp_path_factory.mktemp("finetune"), random.Random(0)
-    for family in ("llama", "gpt_neox", "opt"):
-        make_base(root / family, family)
-    with open(root / "data.jsonl", "w") as f:
-        for i in range(21):
-            a, b = draw.randrange(50), draw.randrange(50)
-            messages = [{"role": "user", "content": f"What is {a} plus {b}?"}, {"role": "assistant", "content": f"{a + b} " * draw.randrange(1, 6)}]
-            f.write(json.dumps({"dataset": "sums", "id": f"sums_{i}", "messages": messages}) + "\n")
-        long = [{"role": "user", "content": "why? " * 40}, {"role": "assistant", "content": "no"}]
-        f.write(json.dumps({"dataset": "sums", "id": "sums_long", "messages": long}) + "\n")
-    return root
-
-
-def settings(place, out, **changes):
-    family = changes.get("family", "llama")
-    return FinetuneConfig(**{**SETTINGS, "base_dir": str(place / family), "data_file": str(place / "data.jsonl"), "out_dir": str(place / out), **changes})
-
-
-# One rank or more without paying each time for the imports: processes forked from one that has them.
-
-def _rank(path, env):
-    os.environ.update(env)
-    sys.exit(main(path))
-
-
-@pytest.fixture(scope="module")
-def train(place):
-    "train('name', zero_stage=3, …) -> folder of the checkpoint; once per name."
-    os.environ.update({k: v for k, v in environment_for(settings(place, "x"), direct=True).items() if k in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")})
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
-
-    def run(name, **changes):
-        config = settings(place, name, **changes)
-        if not (place / name / "verification.json").exists():
-            (place / name).mkdir()
-            env, path = environment_for(config, direct=True), str(config.save(place / f"{name}.json"))
-            env |= {"WORLD_SIZE": str(config.ranks)}
-            ranks = [context.Process(target=_rank, args=(path, {**env, "RANK": str(r), "LOCAL_RANK": str(r)})) for r in range(config.ranks)]
-            for process in ranks: process.start()
-            for process in ranks: process.join(60)
-            assert [process.exitcode for process in ranks] == [0] * config.ranks
-        return place / name
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -117,28 +36,25 @@ def launched(place, train):
     return run
 
 
-def weights(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "model.safetensors")
-
-
-def gap(one, other):
-    "Largest difference of any weight between two checkpoints, or between one and a state dict."
-    one, other = weights(one), other if isinstance(other, dict) else weights(other)
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def log(folder):
-    return [json.loads(line) for line in open(folder / "training_log.jsonl")]
-
-
-@pytest.mark.parametrize("stage, ranks", [(2, 1), (3, 1), (2, 2), (3, 2)])
-def test_zero_stages_and_ranks_train_the_same_model(launched, stage, ranks):
-    reference, folder = launched(2, 1), launched(stage, ranks)
+def same_training(folder, reference):
+    "Weights within the tolerance, losses within 1e-5, the same conversations in every step."
     assert gap(folder, reference) <= TOLERANCE
     for mine, theirs in zip(log(folder), log(reference), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert [mine[k] for k in ("step", "learning_rate", "tokens", "supervised_tokens")] == [theirs[k] for k in ("step", "learning_rate", "tokens", "supervised_tokens")]
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (3, 1), (2, 2), (3, 2)])
+def test_zero_stages_and_ranks_train_the_same_model(launched, stage, ranks):
+    same_training(launched(stage, ranks), launched(2, 1))
+
+
+def test_packing_changes_nothing_but_the_work(launched, train):
+    packed, padded = launched(2, 1), train("padded", packing=False)
+    same_training(packed, padded)
+    less, more = (json.loads((folder / "trained.json").read_text()) for folder in (packed, padded))
+    assert less["forward_passes_per_step"] <= more["forward_passes_per_step"] == 4 and less["attention_waste"] < more["attention_waste"]
+    assert less["settings"]["packing"] and "segments" not in (packed / "config.json").read_text()   # whoever loads it gets ordinary attention
 
 
 def test_training_moves_the_weights_and_lowers_the_loss(launched, place):
@@ -188,15 +104,16 @@ def test_the_token_loss_is_that_of_a_plain_loop(launched, place):
     assert gap(launched(2, 1), plain_loop(place, "token")) <= TOLERANCE
 
 
-def test_the_microbatch_loss_is_the_mean_of_micro_batch_means(train, place):
-    expected = plain_loop(place, "microbatch")
-    assert gap(train("microbatch", loss="microbatch"), expected) <= TOLERANCE
-    assert gap(train("microbatch", loss="microbatch"), plain_loop(place, "token")) > 10 * TOLERANCE   # the choice matters
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_microbatch_loss_is_the_mean_of_micro_batch_means(train, place, packing):
+    folder = train(f"microbatch-{packing}", loss="microbatch", packing=packing)
+    assert gap(folder, plain_loop(place, "microbatch")) <= TOLERANCE
+    assert gap(folder, plain_loop(place, "token")) > 10 * TOLERANCE   # the choice matters
 
 
-@pytest.mark.parametrize("micro, ranks", [(8, 1), (1, 2)])
-def test_the_token_loss_does_not_depend_on_the_split(train, launched, micro, ranks):
-    assert gap(train(f"split-{micro}-{ranks}", micro_batch_size=micro, ranks=ranks), launched(2, 1)) <= TOLERANCE
+@pytest.mark.parametrize("micro, ranks, packing", [(8, 1, True), (1, 1, True), (8, 1, False), (1, 2, False)])
+def test_the_token_loss_does_not_depend_on_the_split(train, launched, micro, ranks, packing):
+    same_training(train(f"split-{micro}-{ranks}-{packing}", micro_batch_size=micro, ranks=ranks, packing=packing), launched(2, 1))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -321,6 +238,20 @@ def test_another_dataset_does_not_change_a_sample():
     assert alone == [row for row in both if row["dataset"] == "a"] and len(both) == 14
     assert alone == sorted(alone, key=lambda row: int(row["id"][2:]))
     assert sample_conversations(one, 7, 43)[0] != alone and sample_conversations(one, 0, 42)[0] == one
+
+
+def test_every_pack_order_holds_the_steps_of_the_plain_order(place):
+    draw = random.Random(0)
+    rows = [{"input_ids": [1] * n, "labels": [-100, *[1] * (n - 1)]} for n in (draw.randrange(4, 97) for _ in range(53))]
+    config = settings(place, "x", ranks=2, micro_batch_size=1)
+    order, plain = PackOrder(rows, config), EpochOrder(53, config.seed)
+    packs = [list(order.packs(epoch)) for epoch in range(2)]
+    assert len(order) == len(packs[0]) == 7 * order.accumulation * 2 and packs == [list(PackOrder(rows, config).packs(epoch)) for epoch in range(2)]
+    for epoch in range(2):
+        steps = [packs[epoch][i:i + order.accumulation * 2] for i in range(0, len(order), order.accumulation * 2)]
+        assert [sorted(i for pack in step for i, _ in pack) for step in steps] == [sorted(plain.order(epoch)[i:i + 8]) for i in range(0, 53, 8)]
+        assert all(sum(weight * order.counts[i] for pack in step for i, weight in pack) == pytest.approx(1) for step in steps)
+        assert max(sum(order.lengths[i] for i, _ in pack) for pack in packs[epoch]) <= 96
 
 
 def test_an_epoch_takes_every_row_once_in_a_new_order():

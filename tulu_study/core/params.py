@@ -64,6 +64,7 @@ class Dataset(Source):
     "An instruction dataset (paper, Table 1)."
     authors: str                      # who or what wrote it: the table's "sourced from"
     expected: int | None = None       # instances that the paper counts
+    stated: int | None = None         # conversations that its publishers state, where the paper does not count it
     options: dict = {}                # the converter's keyword arguments
     languages: list[str] = ["en"]     # codes for a dataset card; "multilingual" where there are many
 

@@ -31,9 +31,12 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     max_seq_length: int = 2048           # tokens
     batch_size: int = 128                # conversations per optimiser step, over all ranks
-    micro_batch_size: int = 2            # conversations per rank and forward pass
+    micro_batch_size: int = 2            # conversations per rank and forward pass; with packing: a pack holds so many times max_seq_length tokens
+    packing: bool = True                 # lay conversations end to end instead of padding them: same steps, same loss, less work
     zero_stage: int = 2                  # DeepSpeed ZeRO: 0, 1, 2 or 3
-    ranks: int = 1                       # processes, one per GPU
+    ranks: int = 1                       # processes, one per GPU, on all nodes together
+    nodes: int = 1                       # machines that they are spread over
+    offload: str = "none"                # none, optimizer or all: what DeepSpeed keeps in the host's memory
     precision: str = "bf16"              # bf16 (with float32 master weights) or fp32
     gradient_checkpointing: bool = False # recompute activations: less memory, about a third slower
     # token: every supervised token of an optimiser step weighs the same, however the step is split into micro-batches.
@@ -50,11 +53,14 @@ class FinetuneConfig:
     def problems(self):
         "Say everything that is wrong with the settings, one sentence each."
         known = {"family": ("llama", "gpt_neox", "opt"), "precision": ("bf16", "fp32"), "loss": ("token", "microbatch"),
-                 "protocol": ("paper", "fixed"), "zero_stage": (0, 1, 2, 3)}
+                 "protocol": ("paper", "fixed"), "zero_stage": (0, 1, 2, 3), "offload": ("none", "optimizer", "all")}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed: yield f"{name}: found {getattr(self, name)!r}, expected one of {', '.join(map(str, allowed))}"
         for name in ("batch_size", "micro_batch_size", "ranks", "threads", "epochs", "learning_rate", "max_seq_length"):
             if not getattr(self, name) > 0: yield f"{name}: found {getattr(self, name)!r}, expected more than 0"
+        if self.ranks > 0 and (self.nodes < 1 or self.ranks % self.nodes): yield f"nodes: found {self.nodes}, expected a number that divides ranks {self.ranks}"
+        if self.offload == "all" and self.zero_stage != 3: yield f"offload: found 'all' with zero_stage {self.zero_stage}; parameters can be offloaded under stage 3 alone: take 'optimizer', or zero_stage 3"
+        if self.offload == "optimizer" and self.zero_stage == 0: yield "offload: found 'optimizer' with zero_stage 0; take a stage of 1 or more"
         if self.limit < 0: yield f"limit: found {self.limit}, expected 0 (all) or a number of conversations"
         together = self.micro_batch_size * self.ranks
         if together > 0 and self.batch_size % together:
@@ -63,8 +69,12 @@ class FinetuneConfig:
                    f"take {' or '.join(str(n) for n in (below, above) if n)}, or another micro_batch_size")
 
     @property
-    def accumulation(self) -> int:  # micro-batches per rank and optimiser step
+    def accumulation(self) -> int:  # micro-batches per rank and optimiser step, without packing
         return self.batch_size // (self.micro_batch_size * self.ranks)
+
+    @property
+    def pack_size(self) -> int:  # tokens of a pack at most: what a micro-batch of the longest conversations has
+        return self.micro_batch_size * self.max_seq_length
 
     def science(self) -> dict:  # everything that may change the result
         return {name: value for name, value in asdict(self).items() if name not in PLACES}

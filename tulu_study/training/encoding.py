@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'IGNORED', 'SPELLINGS', 'BLANKS', 'prefix_text', 'masked_prefixes', 'labels_for', 'encode', 'piece_text',
-           'MaskView', 'show_mask', 'encode_prompt_completion', 'Encoded', 'encode_all']
+           'MaskView', 'show_mask', 'joined_text', 'encode_prompt_completion', 'Encoded', 'encode_all']
 
 # %% ../../nbs/training/00_encoding.ipynb #a959df29
 import html
 from dataclasses import dataclass, field
 from ..core.messages import render_chat
 
-# %% ../../nbs/training/00_encoding.ipynb #5ec0b7a5
+# %% ../../nbs/training/00_encoding.ipynb #7608654f
 HEADER = "<|assistant|>\n"  # what a prompt ends with: the model writes what follows
 
 def prefix_text(
@@ -23,7 +23,7 @@ def prefix_text(
     text = render_chat(messages, eos, add_generation_prompt=True)
     return text if header else text[:-len(HEADER)]
 
-# %% ../../nbs/training/00_encoding.ipynb #20700d5b
+# %% ../../nbs/training/00_encoding.ipynb #6c621e3e
 def masked_prefixes(
     messages: list,  # [{role, content}]
     eos: str,        # the tokenizer's end-of-sequence string
@@ -36,7 +36,7 @@ def masked_prefixes(
         pairs.append((prefix_text(messages[:i], eos) if i else None, prefix_text(messages[:i + 1], eos, header=answered)))
     return pairs
 
-# %% ../../nbs/training/00_encoding.ipynb #f6782213
+# %% ../../nbs/training/00_encoding.ipynb #57b1698f
 IGNORED = -100  # the label that the loss passes over
 
 def labels_for(
@@ -53,7 +53,7 @@ def labels_for(
         if end >= max_seq_length: break
     return labels
 
-# %% ../../nbs/training/00_encoding.ipynb #ed04e714
+# %% ../../nbs/training/00_encoding.ipynb #38134e61
 def encode(
     messages: list,       # [{role, content}]
     tokenizer,            # any Hugging Face tokenizer with an eos token
@@ -99,8 +99,16 @@ def show_mask(
     pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
     return MaskView([(piece_text(p), label != IGNORED) for p, label in zip(pieces, row["labels"])])
 
-# %% ../../nbs/training/00_encoding.ipynb #2785fcc3
+# %% ../../nbs/training/00_encoding.ipynb #f0e5624a
 BLANKS = (" ", "\n", "\t")  # white space that makes a joining space unnecessary
+
+def joined_text(
+    prompt: str,      # what is given
+    completion: str,  # what is learnt
+    eos: str,         # the tokenizer's end-of-sequence string
+) -> str:
+    "Join a prompt and its completion."
+    return prompt + ("" if prompt.endswith(BLANKS) or completion.startswith(BLANKS) else " ") + completion + eos
 
 def encode_prompt_completion(
     prompt: str,          # what is given
@@ -110,39 +118,42 @@ def encode_prompt_completion(
 ) -> dict:                # {"input_ids": [int], "labels": [int]}
     "Tokenise a prompt with its completion and mask the prompt."
     tokens = lambda text: list(tokenizer(text, truncation=True, max_length=max_seq_length)["input_ids"])
-    seam = "" if prompt.endswith(BLANKS) or completion.startswith(BLANKS) else " "
-    input_ids = tokens(prompt + seam + completion + tokenizer.eos_token)
+    input_ids = tokens(joined_text(prompt, completion, tokenizer.eos_token))
     return {"input_ids": input_ids, "labels": labels_for(input_ids, [(None, prompt)], lambda text: len(tokens(text)), max_seq_length)}
 
-# %% ../../nbs/training/00_encoding.ipynb #4683b096
+# %% ../../nbs/training/00_encoding.ipynb #af461ea8
 @dataclass
 class Encoded:
     "Encoded conversations, with what was left out."
     rows: list = field(default_factory=list)     # [{"input_ids", "labels"}]
     ids: list = field(default_factory=list)      # id of the conversation behind each row
     dropped: list = field(default_factory=list)  # ids of conversations in which nothing carries loss
+    unmasked: list = field(default_factory=list) # ids of the rows in which everything does
 
     @property
     def tokens(self) -> int: return sum(len(row["input_ids"]) for row in self.rows)
     @property
     def supervised(self) -> int: return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
-# %% ../../nbs/training/00_encoding.ipynb #89613e1a
+# %% ../../nbs/training/00_encoding.ipynb #5eeca8d3
 def _texts(
-    conversations: list,  # [{dataset, id, messages}]
+    conversations: list,  # [{dataset, id, messages}] or [{dataset, id, prompt, completion}]
     eos: str,             # the tokenizer's end-of-sequence string
 ) -> list:                # [(whole text, pairs of prefixes)]
     "Render conversations; ValueError that names every one that cannot be."
     rendered, problems = [], []
     for one in conversations:
-        try: rendered.append((render_chat(one["messages"], eos), masked_prefixes(one["messages"], eos)))
-        except (ValueError, KeyError, TypeError) as e: problems.append(f"{one.get('dataset')}, {one.get('id')}: {e}")
+        try:
+            if "prompt" in one and "completion" in one: rendered.append((joined_text(one["prompt"], one["completion"], eos), [(None, one["prompt"])]))
+            elif "messages" not in one: raise ValueError(f"found {', '.join(sorted(one))}, expected messages, or prompt and completion")
+            else: rendered.append((render_chat(one["messages"], eos), masked_prefixes(one["messages"], eos)))
+        except (ValueError, KeyError, TypeError, AttributeError) as e: problems.append(f"{one.get('dataset')}, {one.get('id')}: {e}")
     if problems: raise ValueError("These conversations cannot be encoded:\n" + "\n".join(problems[:20]) + ("\n…" if len(problems) > 20 else ""))
     return rendered
 
-# %% ../../nbs/training/00_encoding.ipynb #7fe547f7
+# %% ../../nbs/training/00_encoding.ipynb #e03034e6
 def encode_all(
-    conversations,         # rows of a conversations file, {dataset, id, messages}
+    conversations,         # rows of a file, {dataset, id, messages} or {dataset, id, prompt, completion}
     tokenizer,             # a fast Hugging Face tokenizer with an eos token
     max_seq_length: int,   # tokens
     chunk_size: int = 256, # conversations tokenised in one call
@@ -160,4 +171,5 @@ def encode_all(
             else:
                 encoded.rows.append({"input_ids": list(ids[whole]), "labels": labels})
                 encoded.ids.append(one["id"])
+                if IGNORED not in labels: encoded.unmasked.append(one["id"])
     return encoded

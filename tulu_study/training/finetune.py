@@ -1,6 +1,6 @@
 """The process that trains, one per rank: `python -m tulu_study.training.finetune settings.json`.
 
-`tulu_study.training.launch` starts it. It is `transformers.Trainer` with DeepSpeed ZeRO; ours are the order of the data, the choice of the loss's
+`tulu_study.training.launch` starts it. It is `transformers.Trainer` with DeepSpeed ZeRO; ours are the order of the data, its packing, the choice of the loss's
 denominator, the optimiser's groups and schedule (those of the reference), the log, and the numbers that the saved checkpoint is checked against.
 """
 import json, math, os, random, shutil, sys, time
@@ -10,6 +10,7 @@ from tulu_study.core.files import read_jsonl, write_atomic
 from tulu_study.core.process import die_with_parent
 from .config import MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded, encode_all
+from .packing import best_fit, flatten, register_segments, spread, supervised, token_weights, waste, weighted_loss
 from .schedule import schedule, total_steps, warmup_steps
 from .tokenizers import _gathered, grow_embeddings, load_tokenizer
 
@@ -46,7 +47,7 @@ def load_data(
     tokenizer,                # of the model to be trained
 ) -> tuple[Encoded, dict]:    # encoded rows, and what was drawn
     "Read, sample and encode the conversations. Raises TrainingError when nothing is left to learn from."
-    conversations = [row for row in read_jsonl(config.data_file) if row.get("messages")]
+    conversations = [row for row in read_jsonl(config.data_file) if row.get("messages") or "completion" in row]
     if not conversations: raise TrainingError(f"{config.data_file} holds no conversations: convert the dataset {config.data!r} again")
     sampled, drawn = sample_conversations(conversations, config.limit, config.seed)
     encoded = encode_all(sampled, tokenizer, config.max_seq_length)
@@ -76,24 +77,73 @@ class EpochOrder:
     def set_epoch(self, epoch: int): self.epoch = epoch
     def __len__(self): return math.ceil(self.n / self.multiple) * self.multiple
 
-    def __iter__(self):
+    def order(self, epoch: int) -> list[int]:   # the rows
         order = list(range(self.n))
-        random.Random(f"{self.seed}/epoch {self.epoch}").shuffle(order)
-        yield from order + [self.n] * (len(self) - self.n)
+        random.Random(f"{self.seed}/epoch {epoch}").shuffle(order)
+        return order
+
+    def __iter__(self): yield from self.order(self.epoch) + [self.n] * (len(self) - self.n)
+
+
+class Packs:
+    "The encoded rows as a torch dataset whose index is a pack, [(row, weight of its supervised tokens)]."
+
+    def __init__(self, rows: list): self.rows = rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, pack): return [(self.rows[i], weight) for i, weight in pack]
+
+
+class PackOrder(EpochOrder):
+    """The packs of every epoch: the same order as `EpochOrder`, taken `batch_size` conversations at a time, each such step laid into
+    the same number of packs, so that every rank makes as many forward passes in every step."""
+
+    def __init__(self, rows: list, config: FinetuneConfig):
+        super().__init__(len(rows), config.seed)
+        self.config, self.lengths, self.counts = config, [len(row["input_ids"]) for row in rows], [supervised(row) for row in rows]
+        fullest = max(len(best_fit([self.lengths[i] for i in step], config.pack_size)) for epoch in range(math.ceil(config.epochs)) for step in self.steps(epoch))
+        self.accumulation = math.ceil(fullest / config.ranks)   # packs per rank and step
+
+    def steps(self, epoch: int) -> list[list[int]]:   # the rows of each optimiser step
+        order = self.order(epoch)
+        return [order[i:i + self.config.batch_size] for i in range(0, self.n, self.config.batch_size)]
+
+    def packs(self, epoch: int):
+        "Yield the packs of an epoch, [(row, weight)], step after step."
+        config = self.config
+        for step in self.steps(epoch):
+            weights = token_weights([self.counts[i] for i in step], config.loss, config.micro_batch_size)
+            for pack in spread([self.lengths[i] for i in step], config.pack_size, self.accumulation * config.ranks): yield [(step[k], weights[k]) for k in pack]
+
+    def __len__(self): return math.ceil(self.n / self.config.batch_size) * self.accumulation * self.config.ranks
+    def __iter__(self): return self.packs(self.epoch)
+
+
+def layout(config: FinetuneConfig, encoded: Encoded) -> tuple[EpochOrder, int, dict]:
+    "The sampler, the forward passes per rank and optimiser step, and what they compute in vain (the first epoch's; the others hardly differ)."
+    if config.packing:
+        sampler = PackOrder(encoded.rows, config)
+        return sampler, sampler.accumulation, waste([[sampler.lengths[i] for i, _ in pack] for pack in sampler.packs(0)], packed=True)
+    filled = config.micro_batch_size * config.ranks if config.loss == "token" else 1
+    sampler, lengths = EpochOrder(len(encoded.rows), config.seed, filled), [len(row["input_ids"]) for row in encoded.rows]
+    order = sampler.order(0)
+    return sampler, config.accumulation, waste([[lengths[i] for i in order[k:k + config.micro_batch_size]] for k in range(0, len(order), config.micro_batch_size)], packed=False)
 
 
 # ---- the trainer
 
-def deepspeed_config(config: FinetuneConfig, cuda: bool) -> dict:
+def deepspeed_config(config: FinetuneConfig, cuda: bool, accumulation: int | None = None) -> dict:
     "DeepSpeed's settings: the reference's, with the study's stage and batch."
     zero = {"stage": config.zero_stage, "overlap_comm": cuda and config.zero_stage > 0, "contiguous_gradients": True,
             "reduce_bucket_size": int(5e7)}   # numbers; the reference's "auto" (the hidden size squared) means dozens of exchanges a step for a small model
     if config.zero_stage == 3:
         zero |= {"sub_group_size": 1e9, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
                  "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
+    if config.offload != "none": zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    if config.offload == "all": zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+    rows, accumulation = 1 if config.packing else config.micro_batch_size, accumulation or config.accumulation   # a pack is one row
     return {"bf16": {"enabled": config.precision == "bf16"}, "zero_optimization": zero, "gradient_clipping": 1.0, "steps_per_print": 10**9,
-            "train_batch_size": config.batch_size, "train_micro_batch_size_per_gpu": config.micro_batch_size,
-            "gradient_accumulation_steps": config.accumulation, "wall_clock_breakdown": False}
+            "train_batch_size": rows * accumulation * config.ranks, "train_micro_batch_size_per_gpu": rows,
+            "gradient_accumulation_steps": accumulation, "wall_clock_breakdown": False}
 
 
 def join_ranks(cuda: bool) -> None:
@@ -105,14 +155,14 @@ def join_ranks(cuda: bool) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
 
 
-def training_arguments(config: FinetuneConfig, cuda: bool):
-    "The Trainer's settings. Under ZeRO-3 they must exist before the model is loaded, and be kept."
+def training_arguments(config: FinetuneConfig, cuda: bool, accumulation: int | None = None):
+    "The Trainer's settings, with the forward passes per rank and optimiser step. Under ZeRO-3 they must exist before the model is loaded, and be kept."
     from transformers import TrainingArguments
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if config.gradient_checkpointing else {}
     return TrainingArguments(
-        output_dir=config.out_dir, per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=config.accumulation,
+        output_dir=config.out_dir, per_device_train_batch_size=1 if config.packing else config.micro_batch_size, gradient_accumulation_steps=accumulation or config.accumulation,
         num_train_epochs=config.epochs, learning_rate=config.learning_rate, weight_decay=config.weight_decay, adam_beta1=0.9, adam_beta2=0.999,
-        adam_epsilon=1e-8, max_grad_norm=1.0, bf16=config.precision == "bf16", deepspeed=deepspeed_config(config, cuda), use_cpu=not cuda,
+        adam_epsilon=1e-8, max_grad_norm=1.0, bf16=config.precision == "bf16", deepspeed=deepspeed_config(config, cuda, accumulation), use_cpu=not cuda,
         seed=config.seed, data_seed=config.seed, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=cuda, average_tokens_across_devices=True, **checkpointing)
 
@@ -125,7 +175,7 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: Encoded, log: Path):
+def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: Encoded, sampler: EpochOrder, log: Path):
     "Put the Trainer together."
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
@@ -134,12 +184,11 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
         "Trainer with the study's order, optimiser, schedule and loss."
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            if config.loss == "microbatch": self.model_accepts_loss_kwargs = False   # the Trainer then averages micro-batch means
+            if config.packing: self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False   # the weights are those of the whole step
+            elif config.loss == "microbatch": self.model_accepts_loss_kwargs = False   # the Trainer then averages micro-batch means
             self.window = torch.zeros(4, dtype=torch.float64)                        # loss, micro-batches, tokens, supervised tokens
 
-        def _get_train_sampler(self, *_):
-            filled = config.micro_batch_size * config.ranks if config.loss == "token" else 1
-            return EpochOrder(len(encoded.rows), config.seed, filled)
+        def _get_train_sampler(self, *_): return sampler
 
         def create_optimizer(self, *_):
             if self.optimizer is None:
@@ -153,10 +202,18 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             return self.lr_scheduler
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if config.packing: return self.packed_loss(model, inputs)
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             real = (inputs["labels"] != IGNORED).any(dim=1, keepdim=True)   # not a padding row
             counts = [1.0, (inputs["attention_mask"] * real).sum().item(), (inputs["labels"][:, 1:] != IGNORED).sum().item()]
             self.window += torch.tensor([loss.detach().float().item(), *counts], dtype=torch.float64)
+            return loss
+
+        def packed_loss(self, model, inputs):
+            "The pack's share of the step's loss, times the ranks because gradients are averaged over them."
+            targets, weights, *counts = (inputs.pop(name) for name in ("targets", "weights", "tokens", "supervised"))
+            loss = weighted_loss(model(**inputs, use_cache=False).logits, targets, weights) * config.ranks   # with a cache the boundaries would be lost
+            self.window += torch.tensor([loss.detach().item(), 1.0, *counts], dtype=torch.float64)
             return loss
 
         def take_window(self) -> list[float]:
@@ -182,7 +239,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
 
         def on_step_end(self, args, state, control, **_):
             summed, batches, tokens, supervised = trainer.take_window()
-            loss, now = summed / (config.ranks if config.loss == "token" else batches), time.monotonic()
+            loss, now = summed / (config.ranks if config.packing or config.loss == "token" else batches), time.monotonic()
             row = {"step": state.global_step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(now - self.last, 4)}
             self.last = now
             if self.file:
@@ -196,8 +253,9 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
         def on_train_end(self, args, state, control, **_):
             if self.file: self.file.close()
 
-    trainer = StudyTrainer(model=model, args=arguments, train_dataset=Rows(encoded.rows, tokenizer.pad_token_id), processing_class=tokenizer,
-                           data_collator=DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORED), callbacks=[Log()])
+    rows, collate = Rows(encoded.rows, tokenizer.pad_token_id), DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORED)
+    if config.packing: rows, collate = Packs(encoded.rows), lambda packs: flatten(packs[0], tokenizer.pad_token_id)
+    trainer = StudyTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collate, callbacks=[Log()])
     return trainer
 
 
@@ -205,7 +263,8 @@ def load_model(config: FinetuneConfig, n_tokens: int):
     "The base model in float32 (the library's default would be the checkpoint's type), with rows for new tokens, its cache off."
     import torch
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(config.base_dir, dtype=torch.float32)
+    attention = {"attn_implementation": register_segments()} if config.packing else {}
+    model = AutoModelForCausalLM.from_pretrained(config.base_dir, dtype=torch.float32, **attention)
     grown = grow_embeddings(model, n_tokens, config.protocol, config.seed)
     model.config.use_cache = False
     return model, grown
@@ -289,26 +348,29 @@ def train(config: FinetuneConfig) -> None:
     set_seed(config.seed)
     out, first, cuda = Path(config.out_dir), int(os.environ.get("RANK", 0)) == 0, torch.cuda.is_available()
     join_ranks(cuda)
-    arguments = training_arguments(config, cuda)
     tokenizer = load_tokenizer(config.base_dir, config.family)
     encoded, drawn = load_data(config, tokenizer)
-    say(f"data: {len(encoded.rows)} conversations, {encoded.tokens} tokens, {encoded.supervised} supervised, {len(encoded.dropped)} dropped (nothing left to learn)")
+    say(f"data: {len(encoded.rows)} conversations, {encoded.tokens} tokens, {encoded.supervised} supervised; {len(encoded.dropped)} more dropped (nothing left to learn), {len(encoded.unmasked)} trained on every token (nothing masked)")
+    sampler, accumulation, idle = layout(config, encoded)
+    say(f"layout: {'packs of at most ' + format(config.pack_size, ',') + ' tokens' if config.packing else str(config.micro_batch_size) + ' padded rows'}, {accumulation} per rank and step; "
+        f"{idle['padding_share']:.1%} of the positions are padding, {idle['attention_waste']:.1%} of the attention is wasted")
+    arguments = training_arguments(config, cuda, accumulation)
     model, grown = load_model(config, len(tokenizer))
-    trainer = make_trainer(config, arguments, model, tokenizer, encoded, out / "training_log.jsonl")
+    trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl")
     ready = time.monotonic()
     trainer.train()
     trained = time.monotonic()
     expected = total_steps(len(encoded.rows), config.batch_size, config.epochs)
     if trainer.state.global_step != expected: raise TrainingError(f"the trainer made {trainer.state.global_step} steps, expected {expected}: please report this")
-    facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
-             "steps": expected, "embedding_rows_added": grown}
+    facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "unmasked": len(encoded.unmasked), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
+             "steps": expected, "forward_passes_per_step": accumulation * config.ranks, **idle, "embedding_rows_added": grown}
     save(config, trainer, model, tokenizer, facts)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if first:
         from .verification import verify
-        write_atomic(out / "sample.json", json.dumps({"limit": config.limit, "seed": config.seed, "datasets": drawn, "dropped": encoded.dropped}, indent=1))
+        write_atomic(out / "sample.json", json.dumps({"limit": config.limit, "seed": config.seed, "datasets": drawn, "dropped": encoded.dropped, "unmasked": encoded.unmasked}, indent=1))
         unset_hf_deepspeed_config()
         saved = time.monotonic()
         verify(out)

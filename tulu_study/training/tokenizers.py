@@ -10,7 +10,7 @@ __all__ = ['SPECIALS', 'SAMPLE', 'specials_for', 'add_specials', 'ensure_bos', '
 from pathlib import Path
 from ..core.messages import CHAT_TEMPLATE, render_chat
 
-# %% ../../nbs/training/01_tokenizers.ipynb #ea7b5476
+# %% ../../nbs/training/01_tokenizers.ipynb #9708ed90
 SPECIALS = {  # what the paper's code sets, by family of the base model
     "llama": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "gpt_neox": {"pad_token": "<pad>"},
@@ -45,7 +45,7 @@ def add_specials(
     if missing: raise ValueError(f"the tokenizer has no {' and no '.join(missing)}: complete the base model's tokenizer_config.json")
     return added
 
-# %% ../../nbs/training/01_tokenizers.ipynb #69524cbb
+# %% ../../nbs/training/01_tokenizers.ipynb #880ddb34
 def ensure_bos(
     tokenizer,    # a fast tokenizer; changed in place
     family: str,  # "llama", "gpt_neox" or "opt"
@@ -116,7 +116,7 @@ def _gathered(
     import deepspeed
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=modifier_rank)
 
-# %% ../../nbs/training/01_tokenizers.ipynb #8494498d
+# %% ../../nbs/training/01_tokenizers.ipynb #e147b94f
 def grow_embeddings(
     model,            # a causal language model; changed in place
     n_tokens: int,    # length of the tokenizer
@@ -129,7 +129,8 @@ def grow_embeddings(
     if n_tokens <= rows: return 0
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(layer.weight): layer.weight for layer in layers if layer is not None}.values():
+    spread = getattr(model.config, "initializer_range", None) or model.config.init_std   # OPT's name for it
+    for place, weight in enumerate({id(layer.weight): layer.weight for layer in layers if layer is not None}.values()):
         with _gathered(weight), torch.no_grad():
-            if weight.numel(): weight[rows:] = new_rows(weight[:rows], n_tokens - rows, model.config.initializer_range, protocol, seed).to(weight)
+            if weight.numel(): weight[rows:] = new_rows(weight[:rows], n_tokens - rows, spread, protocol, seed + place).to(weight)
     return n_tokens - rows

@@ -1,0 +1,63 @@
+"""The loss mask, which is found by counting the tokens of prefixes, beside one that is read off the characters: random conversations, every tokenizer at hand."""
+import functools
+
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from handlers import MIRROR
+
+NAMES = sorted(folder.name for folder in (MIRROR / "tokenizers").iterdir() if (folder / "tokenizer.json").exists()) if (MIRROR / "tokenizers").is_dir() else []
+FAMILIES = {"llama": "llama", "gpt_neox": "gpt_neox", "gpt2": "opt"}   # what each is completed as; others are taken as they are
+
+words = st.sampled_from(["a", "heron ", " fish", "\n", "\n\n", "\t", "  ", "<|user|>", "<|assistant|>\n", "</s>", "<|endoftext|>", "<s>", "é", "鷺", "🙂", "\u200b", "ـ", "1234", "!?", "'s"])
+contents = st.lists(st.one_of(words, st.text(max_size=4)), max_size=8).map("".join)
+conversations = st.lists(st.tuples(st.sampled_from(["user", "assistant", "assistant", "system"]), contents).map(lambda pair: dict(zip(("role", "content"), pair))), min_size=1, max_size=5)
+
+
+@functools.cache
+def tokenizer_of(name):
+    from tulu_study.training import load_tokenizer
+    try: return load_tokenizer(MIRROR / "tokenizers" / name, FAMILIES.get(name))
+    except ValueError: return load_tokenizer(MIRROR / "tokenizers" / name)   # e.g. GPT-2's own files, which lack OPT's padding token
+
+
+def spans(messages, eos):
+    "(text, character ranges that carry loss, whether the very beginning does), written down from the description of the format."
+    text, ranges = "", []
+    for i, message in enumerate(messages):
+        head, answers = f"<|{message['role']}|>\n", message["role"] == "assistant"
+        given_header = i > 0 and messages[i - 1]["role"] != "assistant"   # masked together with what it follows
+        start = len(text) + (len(head) if given_header else 0)
+        text += head + message["content"].strip() + (eos if answers else "") + "\n"
+        if answers: ranges.append((start, len(text)))
+    return text.strip(), ranges, messages[0]["role"] == "assistant"
+
+
+def oracle(messages, tokenizer, length):
+    text, ranges, first = spans(messages, tokenizer.eos_token)
+    made = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
+    front = 1 if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else 0
+    inside = lambda begin, end: any(a <= begin and end <= b for a, b in ranges)
+    keep = [first if i < front else inside(*offset) for i, offset in enumerate(made["offset_mapping"])]
+    return made["input_ids"], [token if kept else -100 for token, kept in zip(made["input_ids"], keep)]
+
+
+@pytest.mark.skipif(not NAMES, reason="the tokenizers are not on this machine (TULU_MIRROR)")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mask_is_that_of_the_characters(name):
+    from tulu_study.training import encode, encode_all
+    tokenizer = tokenizer_of(name)
+
+    @given(conversations, st.sampled_from([8, 24, 2048]))
+    @example([{"role": "assistant", "content": "said"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "  "}, {"role": "system", "content": "x"}, {"role": "assistant", "content": "</s>"}], 2048)
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    def check(messages, length):
+        row = encode(messages, tokenizer, length)
+        input_ids, labels = oracle(messages, tokenizer, length)
+        assert row["input_ids"] == list(input_ids)
+        assert row["labels"] == labels, [(tokenizer.convert_ids_to_tokens(i), mine != -100, kept != -100) for i, mine, kept in zip(input_ids, row["labels"], labels)]
+        together = encode_all([{"dataset": "random", "id": "random_0", "messages": messages}], tokenizer, length)
+        learnt, complete = any(label != -100 for label in labels), all(label != -100 for label in labels)
+        assert together.rows == ([row] if learnt else []) and together.dropped == ([] if learnt else ["random_0"]) and together.unmasked == (["random_0"] if complete else [])
+
+    check()
