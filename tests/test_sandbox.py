@@ -148,7 +148,7 @@ def settled(before, seconds=5):
 def test_hostile_program_does_not_pass_and_leaves_nothing(name, host):
     body, before = HOSTILE[name], running()
     for word, value in host.items(): body = body.replace(word, repr(value))
-    result = attempt(body, timeout=1.5)
+    result = attempt(body, timeout=1.0)
     assert result != "passed" and (result == "timed out" or result.startswith("failed: ")), f"{name}: {result}"
     assert settled(before), f"{name}: sandbox processes live on"
     assert Path(host["CANARY_PATH"]).read_text() == "alive"
@@ -165,6 +165,22 @@ def test_attacks_would_work_outside(host):
             with socket.create_server(("127.0.0.1", 0)) as server: done = subprocess.run([sys.executable, "-c", program.replace(str(host["SERVER_PORT"]), str(server.getsockname()[1]))], capture_output=True)
         else: done = subprocess.run([sys.executable, "-c", program], capture_output=True)
         assert done.returncode == 0, f"{name}: {done.stderr.decode()[-300:]}"
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ["tracing the parent", "the parent's memory", "the verdict's pipe by pidfd", "a server on this machine", "writing the checker", "killing the parent"])
+def test_without_the_system_call_filter_the_other_walls_stand(name, host, tmp_path, monkeypatch):
+    "Name spaces keep the network and the files away, and the checker cannot be read or killed, even where the filter does nothing."
+    source = Path(sandbox_inside.__file__).read_text()
+    (tmp_path / "inside.py").write_text(source.replace("        forbid(machine)\n", ""))
+    assert (tmp_path / "inside.py").read_text() != source
+    monkeypatch.setattr(sandbox, "sandbox_inside", type("Inside", (), {"__file__": str(tmp_path / "inside.py"), "PATIENCE": 3}))
+    monkeypatch.setattr(sandbox, "command", sandbox.command.__wrapped__)
+    by_pidfd = worked(LIBC + "import os\nhandle = libc.syscall(434, os.getppid(), 0)\nassert handle >= 0\nassert libc.syscall(438, handle, 1, 0) >= 0")
+    body = (HOSTILE | {"the verdict's pipe by pidfd": by_pidfd})[name]
+    for word, value in host.items(): body = body.replace(word, repr(value))
+    assert attempt(body).startswith("failed: ")
+    assert attempt("    return a + b") == "passed"
 
 
 @needs_sandbox
@@ -216,6 +232,16 @@ def test_values_that_are_no_plain_values():
     assert opaque != [0, 1, 2] and opaque != range(3) and bool(opaque) and not decode(encode(range(0)))
     for nonsense in (["list"], ["eval", "1"], [], 5, {"a": 1}, ["dict", [[["list", []], None]]], ["float", "x"]):
         with pytest.raises((ValueError, TypeError, IndexError)): decode(json.loads(json.dumps(nonsense)))
+
+
+@needs_sandbox
+def test_limit_by_the_clock_is_stretched_for_a_starved_program_only():
+    busy, asleep = "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end: pass\nreturn a + b", "import time\ntime.sleep({})\nreturn a + b"
+    began = time.monotonic()
+    assert attempt(busy, timeout=1.0) == "timed out" and time.monotonic() - began < 10
+    one_call = "def check(candidate): assert candidate(2, 3) == 5"
+    assert attempt(asleep.format(1.2), timeout=1.0, test=one_call) == "passed"  # waiting for the processor looks the same
+    assert attempt(asleep.format(4.5), timeout=1.0, test=one_call) == "timed out"
 
 
 @needs_sandbox
