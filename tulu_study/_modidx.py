@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tulu_study.core.params.BenchmarkSetting': ( 'core/params.html#benchmarksetting',
                                                                                      'tulu_study/core/params.py'),
                                         'tulu_study.core.params.Dataset': ('core/params.html#dataset', 'tulu_study/core/params.py'),
+                                        'tulu_study.core.params.Endpoint': ('core/params.html#endpoint', 'tulu_study/core/params.py'),
                                         'tulu_study.core.params.Mix': ('core/params.html#mix', 'tulu_study/core/params.py'),
                                         'tulu_study.core.params.Mix.of_parts': ( 'core/params.html#mix.of_parts',
                                                                                  'tulu_study/core/params.py'),

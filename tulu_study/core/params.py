@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Weight', 'Name', 'Record', 'Origin', 'SourceFile', 'Source', 'Dataset', 'Mix', 'BenchmarkSetting', 'Benchmark',
-           'ModelScale', 'Model', 'StudyModel', 'StudyData', 'StudyTraining', 'StudyBenchmark', 'StudyEvaluation',
-           'Study', 'ParamsError', 'params_dir', 'datasets', 'mixes', 'benchmarks', 'models', 'load_study']
+           'Endpoint', 'ModelScale', 'Model', 'StudyModel', 'StudyData', 'StudyTraining', 'StudyBenchmark',
+           'StudyEvaluation', 'Study', 'ParamsError', 'params_dir', 'datasets', 'mixes', 'benchmarks', 'models',
+           'load_study']
 
 # %% ../../nbs/core/01_params.ipynb #d1ef31e5
 import functools, re
@@ -118,6 +119,22 @@ class Benchmark(Source):
     average: Literal["micro", "macro"] = "micro"   # which mean the paper prints
     options: dict = {}                # what else the benchmark needs
 
+# %% ../../nbs/core/01_params.ipynb #e7a10b02
+class Endpoint(Record):
+    "Where a model that others run is asked, what it costs and how often it may be asked."
+    url: str = Field(pattern=r"^https?://")    # up to and with /v1
+    model: str                        # its name there
+    api: Literal["chat", "completions"] = "chat"   # chat: one user message; completions: the prompt as it is
+    price_in: float = Field(0, ge=0)  # US dollars per million prompt tokens
+    price_out: float = Field(0, ge=0) # US dollars per million completion tokens
+    context: int = Field(4096, gt=16) # prompt and completion, tokens
+    requests_per_minute: int | None = Field(None, gt=0)
+    tokens_per_minute: int | None = Field(None, gt=0)
+    concurrency: int = Field(8, gt=0) # requests in flight
+    logprobs: int = Field(0, ge=0, le=20)      # most log-probabilities that it lists for a token; 0 = none
+    key_variable: str | None = "OPENAI_API_KEY"    # environment variable with the key; null = it asks for none
+    tokenizer: str | None = None      # folder or hub repository to count tokens with; none = estimated from the text
+
 # %% ../../nbs/core/01_params.ipynb #62318b93
 class ModelScale(Record):
     "The hardware that a fine-tuning is spread over; what a study file does not say about it is taken from here."
@@ -130,11 +147,11 @@ class ModelScale(Record):
     gradient_checkpointing: bool = False
 
 class Model(Record):
-    "A base model: made here (nano), shipped in a package, or on the hub."
+    "A model: made here (nano), shipped in a package, on the hub, or behind an address (endpoint)."
     key: str                          # e.g. "llama-13b"
     name: str                         # as tables print it
-    family: Literal["llama", "opt", "gpt_neox"]   # decides special tokens
-    kind: Literal["nano", "package", "hub"]       # how its weights are had
+    family: Literal["llama", "opt", "gpt_neox"] | None = None   # decides special tokens; not of an endpoint
+    kind: Literal["nano", "package", "hub", "endpoint"]   # how its weights, or its answers, are had
     size: str                         # number of parameters in words, e.g. "13B"
     licence: str                      # of the weights
     hub: str | None = None            # repository on the hub
@@ -147,12 +164,13 @@ class Model(Record):
     shape: dict = {}                  # layers, width, heads, inner, vocabulary, …: nano models are made by it, others planned by it
     scale: ModelScale | None = None   # hardware for the paper's sizes
     pretrain: dict = {}               # nano: steps, batch size, learning rate, …
+    endpoint: Endpoint | None = None  # address, prices and limits of a model that others run
 
     @model_validator(mode="after")
     def has_origin(self):
-        need = {"nano": ("shape", "pretrain"), "package": ("package", "file"), "hub": ("hub",)}[self.kind]
+        need = {"nano": ("family", "shape", "pretrain"), "package": ("family", "package", "file"), "hub": ("family", "hub"), "endpoint": ("endpoint",)}[self.kind]
         missing = [k for k in need if not getattr(self, k)]
-        if missing: raise ValueError(f"a base model of kind {self.kind!r} needs {', '.join(missing)}")
+        if missing: raise ValueError(f"a model of kind {self.kind!r} needs {', '.join(missing)}")
         return self
 
 # %% ../../nbs/core/01_params.ipynb #deecb6b9
@@ -360,6 +378,7 @@ def _unknown(
     data, found = {**datasets(), **mixes(), "vanilla": None}, []
     for size, m in study.models.items():
         if m.base not in models(): found.append((("models", size, "base"), f"no base model {m.base!r}; there are {', '.join(models())}"))
+        elif models()[m.base].kind == "endpoint": found.append((("models", size, "base"), f"{m.base} is an endpoint: it has no weights to start from; tulu-study evaluate {m.base} asks it"))
         else: found += _training_problems(study, size)
         found += [(("models", size, "data", i), f"no dataset or mix {d!r}; there are {', '.join(data)}") for i, d in enumerate(m.data) if d not in data]
     for key, b in study.benchmarks.items():
