@@ -11,18 +11,13 @@ from tulu_study.core.messages import check_messages
 from tulu_study.core.params import SourceFile, datasets
 from tulu_study.data import DatasetError, convert
 from tulu_study.data.counting import joining_groups, safe_cuts, token_counter
-from tulu_study.data.sharegpt import read_pieces, role_fault, rounds_left_out, split_fixed, split_paper
+from tulu_study.data.sharegpt import pieces_of, read_turns, role_fault, rounds_left_out, split_fixed, split_paper
 
 FILES = [file.name for file in datasets()["sharegpt"].files]
 
 
 def chat(key, *texts, senders=("human", "gpt")):
     return {"id": key, "conversations": [{"from": senders[i % 2], "value": text} for i, text in enumerate(texts)]}
-
-
-def words(texts):
-    "One token a word and one for the beginning."
-    return [len(text.split()) + 1 for text in texts]
 
 
 class Words:
@@ -142,7 +137,7 @@ def test_a_piece_with_wrong_senders_is_lost_and_the_others_are_kept():
     row = chat("a", "w " * 20, "w " * 20, "w " * 20, "w " * 20)
     row["conversations"][2]["from"] = "bing"
     lost = []
-    pieces = read_pieces(row, words, 60, "fixed", lambda *what: lost.append(what))
+    pieces = pieces_of(*read_turns(row), [21] * 4, max_length=60, protocol="fixed", lose=lambda *what: lost.append(what))
     assert [key for key, _ in pieces] == ["a_0"] and [reason for reason, _ in lost] == ["system_or_bing"]
 
 

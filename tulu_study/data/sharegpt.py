@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITTERS', 'NAMES', 'OTHERS', 'HEADER', 'NO_TOKENIZER', 'read_turns', 'split_paper', 'split_fixed',
-           'rounds_left_out', 'role_fault', 'read_pieces', 'read_split', 'convert_sharegpt']
+           'rounds_left_out', 'role_fault', 'pieces_of', 'read_split', 'read_pieces', 'convert_sharegpt']
 
 # %% ../../nbs/data/14_sharegpt.ipynb #773a1c73
 from functools import partial
@@ -115,20 +115,22 @@ def role_fault(
         return "user_or_chatgpt"
     return "starts_with_gpt" if senders[0] == "gpt" else "not_in_turn"
 
-# %% ../../nbs/data/14_sharegpt.ipynb #7314a506
+# %% ../../nbs/data/14_sharegpt.ipynb #ee5f67ed
 HEADER = 6  # tokens added to every message for what the chat format puts around it
 
 
-def read_pieces(
-    row,  # {id, conversations}
-    count,  # function from texts to numbers of tokens
+def pieces_of(
+    key: str,  # the conversation's id
+    turns: list,  # [(sender, text)] in pairs
+    odd: bool,  # whether an odd message was dropped
+    counts: list,  # tokens of each text
+    *,
     max_length: int,  # tokens of a piece
     protocol: str,  # which splitter
     lose,  # called with (reason, detail) for each part that is left out while others are kept
 ) -> list:  # (id, messages) of each piece
-    "Split one raw conversation and keep its sound pieces; BadRecord when there is none."
-    key, turns, odd = read_turns(row)
-    costs = [n + HEADER for n in count([text for _, text in turns])]
+    "Split one conversation and keep its sound pieces; BadRecord when there is none."
+    costs = [n + HEADER for n in counts]
     ranges = SPLITTERS[protocol](costs, max_length)
     pieces, faults = [], []
     for start, stop in ranges:
@@ -162,6 +164,16 @@ def read_split(
         known = any(sender in OTHERS for sender in senders)
         raise BadRecord("system_or_bing" if known else "unknown_sender", f"{key}: found sender {strange[0]!r}, expected {', '.join(NAMES)}")
     return [(key, [{"role": NAMES[sender], "content": text} for sender, text in turns])]
+
+# %% ../../nbs/data/14_sharegpt.ipynb #993dffb5
+def read_pieces(
+    row,  # {id, conversations}
+    count,  # function made by `token_counter`
+    **how,  # for pieces_of
+) -> list:  # (id, messages) of each piece
+    "Read, count and split one raw conversation; BadRecord when no piece comes of it."
+    key, turns, odd = read_turns(row)
+    return pieces_of(key, turns, odd, count([text for _, text in turns]), **how)
 
 # %% ../../nbs/data/14_sharegpt.ipynb #59ab23fa
 NO_TOKENIZER = ("sharegpt: found no tokenizer, and the splitting counts tokens with one. Give the folder that holds LLaMA's tokenizer.json as tokenizer= (the study file: data.tokenizer); "
