@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetunings import TOLERANCE, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
+from finetunings import SETTINGS, TOLERANCE, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.training.config import TrainingError
 from tulu_study.training.finetune import EpochOrder, PackOrder, explain, sample_conversations
 from tulu_study.training.launch import _why, environment_for, launch
