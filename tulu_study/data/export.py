@@ -98,8 +98,8 @@ def export_axolotl(given: Conversations, out_dir: Path) -> Exported:
     done.files = [out_dir / file, write_atomic(out_dir / f"{given.key}.yaml", lines)]
     return done
 
-# %% ../../nbs/data/21_export.ipynb #c22ef1c5
-LICENCES = {"Apache-2.0": "apache-2.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "CC BY-NC 4.0": "cc-by-nc-4.0", "MIT": "mit", "GPL-3.0": "gpl-3.0", "ODC-BY": "odc-by"}  # ours -> the hub's
+# %% ../../nbs/data/21_export.ipynb #82d10dfe
+LICENCES = {"Apache-2.0": "apache-2.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0", "CC BY-NC 4.0": "cc-by-nc-4.0", "CC0": "cc0-1.0", "MIT": "mit", "GPL-3.0": "gpl-3.0", "ODC-BY": "odc-by"}  # ours -> the hub's
 
 
 def size_category(
