@@ -134,6 +134,7 @@ class Endpoint(Record):
     logprobs: int = Field(0, ge=0, le=20)      # most log-probabilities that it lists for a token; 0 = none
     key_variable: str | None = "OPENAI_API_KEY"    # environment variable with the key; null = it asks for none
     tokenizer: str | None = None      # folder or hub repository to count tokens with; none = estimated from the text
+    options: dict = {}                # further fields of every request, such as top_k of a vLLM server
 
 # %% ../../nbs/core/01_params.ipynb #62318b93
 class ModelScale(Record):

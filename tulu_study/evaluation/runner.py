@@ -19,7 +19,7 @@ from pathlib import Path
 from tulu_study.core.files import append_jsonl, hash_json, sha256_file, write_atomic, write_jsonl
 from tulu_study.core.settings import settings
 from tulu_study.evaluation.benchmark import load_benchmark, prompt_hash, prompts_hash
-from tulu_study.evaluation.engines import ENGINES, EngineError, choose_engine, installed_version
+from tulu_study.evaluation.engines import ENGINES, Engine, EngineError, choose_engine, installed_version
 
 __all__ = ["evaluate", "Report", "Task", "checkpoint_hash", "read_predictions"]
 
@@ -110,7 +110,8 @@ class Task:
         "One prediction, in the schema of the predictions file."
         b, answer = self.benchmark, None
         if output.error is None:
-            if b.kind == "options": output.texts, answer = [], b.choose(output.logprobs)
+            if b.kind == "options" and output.logprobs is None: answer = b.extract(output.texts[0])  # an endpoint that lists no log-probabilities
+            elif b.kind == "options": output.texts, answer = [], b.choose(output.logprobs)
             elif b.n_samples == 1: answer = b.extract(output.texts[0])
         row = {"example_id": example.id, "group": example.group, "prompt_hash": digest, "completions": output.texts, "answer": answer, "target": example.target,
                "score": None, "error": output.error, "prompt_tokens": output.prompt_tokens, "completion_tokens": output.completion_tokens, "finish": output.finish}
@@ -139,6 +140,8 @@ def score_object(task: Task, model: dict, identity: dict, engine_facts: dict) ->
     result = b.score(rows)
     value = {key: result.pop(key) for key in ("value", "low", "high", "interval", "n", "n_errors")}
     finish = [reason for row in rows for reason in row["finish"]]
+    letters = sum("option_logprobs" not in row for row in rows if not row["error"]) if b.kind == "options" else 0
+    if letters: result["option_scoring"] = f"{letters} of {value['n']} by the first letter of one generated token, the others by log-probability"
     return {"model": model["model"], "base_model": model["base_model"], "training_data": model["training_data"], "size": model["size"],
             "benchmark": record.key, "version": record.version, "setting": b.setting, "setting_name": record.settings[b.setting].name,
             "metric": record.settings[b.setting].metric, "unit": "percent", "average": record.average, "protocol": b.protocol, "chat": task.chat,
@@ -151,11 +154,11 @@ def score_object(task: Task, model: dict, identity: dict, engine_facts: dict) ->
 def evaluate(
     model: dict,  # {model, base_model, training_data, size}: how the score names the checkpoint
     benchmarks: dict,  # key -> {"settings": [...], "n": int | "all" | None, "per_group": int | None}
-    checkpoint_dir: str | Path,  # Hugging Face folder
+    checkpoint_dir: str | Path | None,  # Hugging Face folder; None where `engine` is one that has been started
     predictions_dir: str | Path,  # gets <benchmark>-<setting>.jsonl
     scores_dir: str | Path,  # gets <benchmark>-<setting>.json
     source_root: str | Path | None = None,  # folder with the raw files
-    engine: str = "",  # "vllm", "transformers", "auto"; "": the site's setting
+    engine: str | Engine = "",  # "vllm", "transformers", "auto"; "": the site's setting; or an engine that has been started, such as an endpoint's
     dtype: str = "float32",  # "float32" or "bfloat16"
     chat: bool = False,  # wrap prompts in the Tülu chat format (tuned models)
     protocol: str = "paper",  # "paper" or "fixed"
@@ -165,25 +168,22 @@ def evaluate(
     timed=None,  # context manager factory that takes a name, e.g. run.timed; None: seconds only in the report
 ) -> Report:
     "Evaluate a checkpoint on benchmarks, continuing where an earlier call stopped. Raises EngineError, SourceError, KeyError, ValueError."
-    from transformers import AutoConfig, AutoTokenizer
     from tqdm.auto import tqdm
+    started = engine if isinstance(engine, Engine) else None
     report, clock = Report(), {"engine_start": 0.0, "prompts": 0.0, "compute": 0.0}
 
     def timing(name):
         return _Timer(clock, name, timed(name) if timed else nullcontext())
 
     with timing("prompts"):
-        config = AutoConfig.from_pretrained(checkpoint_dir)
-        limit = max_length or getattr(config, "max_position_embeddings", None) or 2048
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-        tokenizer.model_max_length = 1 << 40
+        limit, tokenizer = (started.max_length, started.tokenizer) if started else length_and_tokenizer(checkpoint_dir, max_length)
         tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2)
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
         for task in tasks: task.benchmark.ready()
     with timing("engine_start"):
-        name, note = choose_engine(engine)
-        common = {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype, "seed": seed,
-                  "max_length": limit, "threads": settings().threads}
+        name, note = (started.name, started.note) if started else choose_engine(engine)
+        common = started.identity() if started else {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype}
+        common |= {"seed": seed, "max_length": limit, "threads": settings().threads}
     work = []
     for task in tasks:
         done = task.resume(task.identity(common))
@@ -191,7 +191,7 @@ def evaluate(
         work += [(task, start, end) for start, end in task.chunks()[done:]]
     if work:
         with timing("engine_start"):
-            running = ENGINES[name](checkpoint_dir, dtype=dtype, seed=seed, max_length=max_length, note=note)
+            running = started or ENGINES[name](checkpoint_dir, dtype=dtype, seed=seed, max_length=max_length, note=note)
         with timing("compute"):
             for task, start, end in tqdm(work, desc=model["model"], unit="chunk"):
                 running.reset()
@@ -199,13 +199,21 @@ def evaluate(
                 append_jsonl(task.path, rows)
                 report.made += len(rows)
                 report.tokens += sum(row["completion_tokens"] for row in rows)
-    facts = {"note": note, "bos": leading_bos(tokenizer)}
+    facts = {"note": note, "bos": started.bos if started else leading_bos(tokenizer)}
     for task in tasks:
         score = score_object(task, model, task.identity(common), facts)
         write_atomic(Path(scores_dir) / f"{task.name}.json", json.dumps(score, indent=1, ensure_ascii=False) + "\n")
         report.scores.append(score)
     report.seconds = {key: round(value, 3) for key, value in clock.items()}
     return report
+
+
+def length_and_tokenizer(checkpoint_dir, max_length) -> tuple:
+    "The most tokens that a checkpoint takes, prompt and completion together, and its tokenizer, silent about lengths."
+    from transformers import AutoConfig, AutoTokenizer
+    config, tokenizer = AutoConfig.from_pretrained(checkpoint_dir), AutoTokenizer.from_pretrained(checkpoint_dir)
+    tokenizer.model_max_length = 1 << 40
+    return max_length or getattr(config, "max_position_embeddings", None) or 2048, tokenizer
 
 
 def leading_bos(tokenizer) -> str:
