@@ -30,7 +30,7 @@ def joining_groups(
         group.update(dict.fromkeys(joined, joined))
     return sorted({"".join(sorted(chars)) for chars in group.values()}, key=lambda chars: (-len(chars), chars))
 
-# %% ../../nbs/data/02c_counting.ipynb #ad57878e
+# %% ../../nbs/data/02c_counting.ipynb #6f8b1236
 WRITES_SPACES = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 CHANGES_MERGING = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 
@@ -47,9 +47,9 @@ def safe_cuts(
     groups = joining_groups([pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]])
     if groups is None:
         return None
-    return re.compile("|".join([f"{SPACE}*[{re.escape(chars)}]+" for chars in groups] + [f"{SPACE}*[^{SPACE}]", f"{SPACE}+"]))
+    return re.compile("|".join([f" *[{re.escape(chars)}]+" for chars in groups] + [" *[^ ]", " +"]))
 
-# %% ../../nbs/data/02c_counting.ipynb #bfd1aced
+# %% ../../nbs/data/02c_counting.ipynb #bf9a6528
 class Pieces(dict):
     "How many tokens each piece of text has; counted when first asked for."
     KEPT, LONGEST = 500_000, 64  # pieces, characters
@@ -58,7 +58,7 @@ class Pieces(dict):
         self.model = model  # of a `tokenizers.Tokenizer`
 
     def __missing__(self, piece: str) -> int:
-        n = len(self.model.tokenize(piece))
+        n = len(self.model.tokenize(piece.replace(" ", SPACE)))
         if len(self) < self.KEPT and len(piece) <= self.LONGEST:
             self[piece] = n
         return n
@@ -75,7 +75,7 @@ def _ready(
     fast.no_padding()
     return fast, safe_cuts(pipeline), [token["content"] for token in pipeline["added_tokens"]], Pieces(fast.model)
 
-# %% ../../nbs/data/02c_counting.ipynb #ff932c15
+# %% ../../nbs/data/02c_counting.ipynb #9ff80bd8
 def token_counter(
     tokenizer,  # from transformers or from tokenizers
     special: bool = True,  # count the special tokens that it adds
@@ -93,5 +93,5 @@ def token_counter(
     def count(text):
         if not text or any(word in text for word in added):
             return whole([text])[0]
-        return extra + sum(map(pieces.__getitem__, cuts.findall(SPACE + text.replace(" ", SPACE))))
+        return extra + sum(map(pieces.__getitem__, cuts.findall(" " + text.replace(SPACE, " "))))
     return whole if cuts is None else lambda texts: [count(text) for text in texts]
