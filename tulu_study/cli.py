@@ -207,6 +207,25 @@ def report(
             elif path.suffix in (".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
 
 
+@call_parse(pos=["path"])
+def export(
+    path: str = "",        # a conversation file, the folder of a conversion or mix, or a dataset or mix of the study
+    into: str = "",        # folder to write, empty = export/<name>-<format> below the study's results
+    format: str = "huggingface",   # huggingface (a dataset folder with its card), llama-factory or axolotl
+    study: str = "nano",   # the study that a dataset's key is looked up in
+):
+    "Write conversations for other tools: a Hugging Face dataset with its card, LLaMA-Factory, axolotl."
+    from tulu_study.data.export import export_dataset
+    grid = load(study)
+    here = Path(path) if path and Path(path).exists() else grid.root/"data"/path
+    if not path or not here.exists():
+        there = sorted(p.name for p in (grid.root/"data").glob("*") if p.is_dir())
+        raise CellError(f"No file or folder {path!r}, and no conversions of that name in study {grid.study.study}; there are {', '.join(there) or 'none yet (tulu-study run)'}.")
+    name = here.stem.removesuffix("_data") if here.is_file() else here.name
+    done = export_dataset(here, Path(into) if into else grid.root/"export"/f"{name}-{format}", format)
+    print(done)
+
+
 def _can_import(module: str, seconds: int = 120) -> tuple[bool, str]:
     "Import a package in a process of its own: a broken one may take its process along."
     if importlib.util.find_spec(module) is None: return False, "not installed"
@@ -226,6 +245,7 @@ def _reachable(url: str) -> bool:
 @call_parse
 def doctor():
     "Say what will work on this machine, and what to install for the rest."
+    from tulu_study.evaluation import sandbox
     site, checks = settings(), []
     def check(what, ok, found, advice="", needed=True):
         checks.append(["✓" if ok else "✗" if needed else "–", what, found + ("" if ok or not advice else f"  → {advice}")])
@@ -234,7 +254,8 @@ def doctor():
     for what, module in {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}.items(): check(what, *_can_import(module), extra)
     check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps", False)
     check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs", needed=False)
-    check("sandbox for generated code", bool(shutil.which("bwrap")), shutil.which("bwrap") or "bubblewrap not found", "make system-deps (needed by Codex-Eval alone)", False)
+    lacking = sandbox.problem()
+    check("sandbox for generated code (Codex-Eval)", not lacking, lacking or "holds against its own probes", needed=False)
     site.results.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(site.results).free / 2**30
     check("disk for results", free > 5, f"{free:.0f} GiB free", "nano needs 1 GiB, mini 5 GiB; set [roots] results")
@@ -245,7 +266,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "export": export, "doctor": doctor}
 
 
 def main() -> None:
@@ -257,9 +278,9 @@ def main() -> None:
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    words = sys.argv[2:]
-    if "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
-    given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in ("study", "name") if n in inspect.signature(function).parameters]).parse_args(words))
+    words, places = sys.argv[2:], {"export": ("path",)}.get(command, ("study", "name"))
+    if "study" in places and "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
+    given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in places if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
     except (CellError, ParamsError, SourceError, ValueError, FileNotFoundError) as e:
         print(f"tulu-study {command}: {e}", file=sys.stderr)
