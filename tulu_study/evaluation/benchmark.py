@@ -67,12 +67,13 @@ def check_rows(
 # %% ../../nbs/evaluation/01_benchmark.ipynb #13b67c86
 class Benchmark:
     "A benchmark in one setting and protocol: examples, prompts, extraction, scores."
-    kind = "generate"  # "generate" or "options"
+    kind = "generate"  # "generate", "options" (next tokens) or "completions" (log-probability of whole answers)
     max_new_tokens = 512  # tokens
     temperature, top_p, n_samples = 0.0, 1.0, 1  # greedy, one completion
     cue = ""  # begins the assistant's turn in chat format
     max_prompt_tokens = None  # prompts are cut to this length where the benchmark does so, tokens
     chat_format = True  # False: asked in plain form even where the model speaks a chat format
+    judge = stand_in = None  # who judges the answers: a published model's name, or the facts of what stands in for it
     per_group = None  # size of the paper's sample of each group; None: the paper does not sample by group
 
     def __init__(

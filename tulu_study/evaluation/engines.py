@@ -85,6 +85,7 @@ class Engine:
     def reset(self): "Forget everything that depends on earlier requests."
     def run_generate(self, ids, decoding): raise EngineError(f"the engine {self.name!r} generates no text")
     def run_options(self, ids, option_ids): raise EngineError(f"the engine {self.name!r} scores no options")
+    def run_tails(self, tails): raise EngineError(f"the engine {self.name!r} scores no completions")
 
     def encode_one(self, prompt): return list(self.tokenizer(prompt)["input_ids"])
 
@@ -121,24 +122,48 @@ class Engine:
         "Log-probability of each candidate as the next token, normalised over the full vocabulary, at one forward pass."
         return self.dispatch(prompts, lambda ids: self.run_options(ids, list(option_token_ids)))
 
-    def dispatch(self, prompts, run):
-        "Send what fits to `run`; a batch that fails is repeated request by request, so that one bad request costs only itself."
+    def completion_scores(
+        self,
+        prompts: list,  # of str, without BOS
+        completions: list,  # of lists of str: the completions of each prompt
+        aggregation: str = "sum",  # over a completion's tokens: "sum", "mean" or "max"
+    ) -> list:  # of Output with `logprobs`, one for each completion of the prompt
+        """Log-probability of whole completions. A blank joins prompt and completion unless the prompt ends in white space; what follows the
+        prompt's own tokens is the completion. One completion that fails fails its prompt."""
+        reduce = {"sum": sum, "mean": lambda values: sum(values) / len(values), "max": max}[aggregation]
+        wholes = list(dict.fromkeys((prompt, text) for prompt, texts in zip(prompts, completions, strict=True) for text in texts))
+        starts = dict(zip(dict.fromkeys(prompts), map(len, self.encode(list(dict.fromkeys(prompts))))))
+        texts = [prompt + ("" if prompt.endswith(("\n", " ")) else " ") + text for prompt, text in wholes]
+        found = dict(zip(wholes, self.dispatch(texts, self.run_tails, [starts[prompt] for prompt, _ in wholes])))
+        return [self.gather([found[prompt, text] for text in texts], starts[prompt], reduce) for prompt, texts in zip(prompts, completions)]
+
+    def gather(self, scored, prompt_tokens, reduce):
+        "One Output of the scored completions of a prompt."
+        problem = next((output.error for output in scored if output.error), None)
+        if not problem and not all(output.logprobs for output in scored): problem = "a completion adds no token to its prompt"
+        if problem: return Output(prompt_tokens=prompt_tokens, error=problem)
+        return Output(logprobs=[float(reduce(output.logprobs)) for output in scored], prompt_tokens=prompt_tokens, completion_tokens=sum(len(output.logprobs) for output in scored))
+
+    def dispatch(self, prompts, run, starts=None):
+        """Send what fits to `run`; a batch that fails is repeated request by request, so that one bad request costs only itself.
+        `run` gets a list of token ids for each prompt, or, with `starts`, of (ids, where the part to be scored begins)."""
         encoded = self.encode(prompts)
+        requests = encoded if starts is None else list(zip(encoded, starts))
         outputs = [Output(prompt_tokens=len(ids)) for ids in encoded]
         fitting = [i for i, ids in enumerate(encoded) if len(ids) < self.max_length]
         for i in set(range(len(encoded))) - set(fitting):
             outputs[i].error = f"prompt too long: {len(encoded[i])} tokens, the model takes {self.max_length} with one new token"
-        try: results = run([encoded[i] for i in fitting]) if fitting else []
+        try: results = run([requests[i] for i in fitting]) if fitting else []
         except Exception as error:
             self.recover(error)
-            results = [self.alone(encoded[i], run) for i in fitting]
+            results = [self.alone(requests[i], run) for i in fitting]
         for i, result in zip(fitting, results):
             result.prompt_tokens = len(encoded[i])
             outputs[i] = result
         return outputs
 
-    def alone(self, ids, run):
-        try: return run([ids])[0]
+    def alone(self, request, run):
+        try: return run([request])[0]
         except Exception as error:
             self.recover(error)
             return Output(error=f"engine: {describe(error)}")
@@ -244,6 +269,20 @@ class TransformersEngine(Engine):
             for i, values in zip(batch, found): results[i] = Output(logprobs=values, completion_tokens=1)
         return results
 
+    def run_tails(self, tails):
+        results = [None] * len(tails)
+        for batch in self.batches([ids for ids, _ in tails]):
+            tokens, mask = self.padded([tails[i][0] for i in batch])
+            keep = max(len(tails[i][0]) - tails[i][1] for i in batch) + 1  # logits of the longest completion and of the token before it
+            with self.torch.inference_mode():
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)
+                logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            for row, i in enumerate(batch):
+                size = len(tails[i][0]) - tails[i][1]
+                values = logits[row, logits.shape[1] - 1 - size:-1].float().log_softmax(-1)
+                results[i] = Output(logprobs=values.gather(-1, tokens[row, tokens.shape[1] - size:, None])[:, 0].cpu().tolist() if size > 0 else [])
+        return results
+
     def run_generate(self, ids, decoding):
         results = [None] * len(ids)
         roomy = [i for i, row in enumerate(ids) if len(row) + decoding.max_new_tokens <= self.max_length]
@@ -346,6 +385,11 @@ class VLLMEngine(Engine):
         params = self.request(max_tokens=1, logprobs=len(option_ids), logprob_token_ids=option_ids, detokenize=False)
         found = [answer.outputs[0].logprobs[0] for answer in self.send(ids, params)]
         return [Output(logprobs=[float(row[token].logprob) for token in option_ids], completion_tokens=1) for row in found]
+
+    def run_tails(self, tails):
+        params = self.request(max_tokens=1, prompt_logprobs=0, detokenize=False)  # 0: of the prompt's own tokens alone
+        answers = self.send([ids for ids, _ in tails], params)
+        return [Output(logprobs=[float(at[token].logprob) for token, at in zip(ids[start:], answer.prompt_logprobs[start:])]) for (ids, start), answer in zip(tails, answers)]
 
     def run_generate(self, ids, decoding):
         params = self.request(max_tokens=decoding.max_new_tokens, n=decoding.n, temperature=decoding.temperature, top_p=decoding.top_p,

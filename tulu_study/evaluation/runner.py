@@ -100,6 +100,7 @@ class Task:
         "Send one chunk; returns its prediction rows."
         b, prompts = self.benchmark, self.prompts[start:end]
         if b.kind == "options": outputs = engine.option_scores(prompts, b.option_ids(engine.tokenizer))
+        elif b.kind == "completions": outputs = engine.completion_scores(prompts, [b.completions(example) for example in self.examples[start:end]])
         else: outputs = engine.generate(prompts, b.max_new_tokens, b.stop(self.chat), b.temperature, b.top_p, 0, b.n_samples)
         failed = [output.error for output in outputs if output.error and output.error.startswith("engine:")]
         if failed and len(failed) == len(outputs):
@@ -148,7 +149,7 @@ def score_object(task: Task, model: dict, identity: dict, engine_facts: dict) ->
             **value, "n_examples": len(rows), "n_truncated_prompts": task.dropped, "n_unfinished": finish.count("length"),
             "errors": sorted({row["error"].split(":")[0] for row in rows if row["error"]}), **result,
             "max_prompt_tokens": b.max_prompt_tokens, "prompts_sha256": prompts_hash(task.prompts), "engine": identity["engine"], "engine_note": engine_facts["note"],
-            "dtype": identity["dtype"], "seed": identity["seed"], "bos": engine_facts["bos"], "chunk_size": task.chunk_size, "judge": None, "stand_in": None}
+            "dtype": identity["dtype"], "seed": identity["seed"], "bos": engine_facts["bos"], "chunk_size": task.chunk_size, "judge": b.judge, "stand_in": b.stand_in}
 
 
 def evaluate(

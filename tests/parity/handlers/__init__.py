@@ -31,15 +31,10 @@ MIRROR = Path(os.environ.get("TULU_MIRROR") or ROOT.parent / "shared" / "mirror"
 
 VECTORS = "reference_vectors.json"
 MIRROR_FILES = ("mirror_conversations.json", "mirror_encodings.json", "mirror_prompts.json")
-HANDLER_MODULES = ("data", "training", "evaluation", "codex")
+HANDLER_MODULES = ("data", "training", "evaluation", "codex", "safety")
 
 # What a later issue covers: a dataset key, a benchmark key, or a (pattern of a) function's first word, and the stage.
 NOT_YET = {
-    # benchmarks
-    "truthfulqa": "evaluation", "toxigen": "evaluation",
-    "eval.truthfulqa.*": "evaluation",
-    "format_end2end_prompt": "evaluation", "split_multi_answer": "evaluation", "trim_answer": "evaluation",
-    "MC_calcs": "evaluation", "eval.toxigen.*": "evaluation", "eval.utils.score_completions": "evaluation",
     # other stages
     "eval.alpaca_farm.*": "judging", "human_eval/*": "human", "scripts/weight_diff.py": "training",
 }
