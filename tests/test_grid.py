@@ -101,6 +101,14 @@ def test_a_registry_record_counts(house):
     assert "pretrain-nano-llama-s" in got and "pretrain-nano-llama-m" not in got
 
 
+def test_what_a_record_says_to_people_does_not_count(house):
+    before = keys(house)
+    edit(house/"params"/"datasets.yaml", "licence: CC BY-SA 3.0", "licence: CC BY-SA 3.0 Unported")
+    assert moved(before, keys(house)) == set()
+    edit(house/"params"/"datasets.yaml", "hub: datasets/databricks/", "hub: datasets/someone/")
+    assert "convert-dolly" in moved(before, keys(house))
+
+
 def test_raw_files_count_by_content_and_not_by_time(house, tmp_path):
     "With a sources root of the site's, a changed raw file moves its dataset; a touched one moves nothing."
     root = tmp_path/"raw"

@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, contextlib, importlib.util, inspect, json, os, shutil, subprocess, sys, tempfile, time
+import collections, contextlib, importlib.util, inspect, itertools, json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -9,10 +9,10 @@ from fastcore.script import anno_parser, call_parse
 from tulu_study.core.cells import CellError, check_parameters, read_manifest, run_cell
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
-from tulu_study.core.params import ParamsError, models
+from tulu_study.core.params import ParamsError, benchmarks, datasets, models
 from tulu_study.core.process import Held, die_with_parent, hold, start_child
 from tulu_study.core.settings import packaged_root, project_root, settings
-from tulu_study.core.sources import SourceError
+from tulu_study.core.sources import SourceError, acquisition
 
 MARKS = {"done": "✓", "missing": "·", "failed": "✗", "interrupted": "~", "changed": "≠"}
 
@@ -207,6 +207,30 @@ def report(
             elif path.suffix in (".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
 
 
+@call_parse(pos=["name"])
+def sources(
+    name: str = "",        # a dataset or benchmark, with every place of its files; empty = one line for each file of all
+):
+    "Say where raw files are, or where they can be had; downloads nothing."
+    records = {**datasets(), **benchmarks()}
+    if name and name not in records: raise CellError(f"No dataset or benchmark {name!r}; there are {', '.join(records)}.")
+    rows = [[key, row["file"], row["state"], row["pinned"], row["place"]] for key, record in records.items() if name in ("", key) for row in acquisition(record)]
+    print(_table(rows if name else _shortened(rows), ["record", "file", "state", "pinned", "place"]))
+    if name:
+        record = records[name]
+        for row in acquisition(record): print(*(f"  {row['file']}, else: {other}" for other in row["alternatives"]), sep="\n", end="\n" if row["alternatives"] else "")
+        print("\n".join(filter(None, [f"\nlicence: {record.licence}", record.homepage, record.gated and f"to be accepted or requested: {record.gated}"])))
+
+
+def _shortened(rows: list[list[str]], most: int = 2) -> list[list[str]]:
+    "The first files of each record; how many more there are stands in the place of the rest."
+    kept = []
+    for key, group in itertools.groupby(rows, key=lambda row: row[0]):
+        group = list(group)
+        kept += group[:most] + ([[key, f"… {len(group) - most} more", "", "", f"tulu-study sources {key}"]] if len(group) > most else [])
+    return kept
+
+
 @call_parse(pos=["path"])
 def export(
     path: str = "",        # a conversation file, the folder of a conversion or mix, or a dataset or mix of the study
@@ -266,7 +290,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "export": export, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "sources": sources, "export": export, "doctor": doctor}
 
 
 def main() -> None:

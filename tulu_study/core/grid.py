@@ -17,6 +17,8 @@ STAGES = ("world", "convert", "mix", "pretrain", "base_model", "finetune", "eval
 NAMES = {"world": "sources", "convert": "data", "mix": "data", "pretrain": "base", "base_model": "base", "finetune": "checkpoints", "evaluate": "scores", "table": "tables", "figure": "figures"}
 
 
+WHICH = {"name", "url", "hub", "path", "revision", "sha256", "optional"}   # of a raw file's record: what decides its bytes; other places and notes do not
+ABOUT = {"files", "licence", "homepage", "authors", "gated", "stated", "languages"}   # of a source's record: for people alone
 LARGE = 64 << 20   # bytes; `plan` must not read 130 GB of weights to say that nothing changed
 
 
@@ -86,7 +88,7 @@ class Grid(dict):
     # What a cell reads from outside the study
     def _origin(self, record: Dataset | Benchmark) -> dict:
         "Identify a record and, where they lie in a sources root of the site's, the bytes of its raw files."
-        found = {"record": record.model_dump(mode="json")}
+        found = {"record": record.model_dump(mode="json", exclude=ABOUT) | {"files": [f.model_dump(mode="json", include=WHICH) for f in record.files]}}
         if self.study.world is None and self.sources:
             files = {f.name: find(self.sources, record.folder, f.name) for f in record.files if not f.name.endswith("/")}
             files |= {str(p.relative_to(self.sources)): p for p in sorted((self.sources/record.folder).rglob("*")) if p.is_file()}   # a file may name others that lie beside it
@@ -112,7 +114,7 @@ class Grid(dict):
 
     def _data(self):
         study, wanted = self.study, [d for m in self.study.models.values() for d in m.data if d != "vanilla"]
-        parts = [p for d in wanted for p in (mixes()[d].parts if d in mixes() else [d])]
+        parts = [p for d in wanted for p in (mixes()[d].parts if d in mixes() else [d])] + study.data.convert
         tokenizer = self.sources/study.tokenizer if self.sources else None
         there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
         for key in dict.fromkeys(parts):
@@ -154,7 +156,8 @@ class Grid(dict):
         said = {"title": study.title, "world": study.world, "limit": study.data.limit, "published": {p.name: fingerprint(p) for p in sorted((params_dir()/"published").glob("*.csv"))}}
         for table in study.tables:
             if table == "table1":
-                self._add("table", table, table, dict(study=study.study, datasets=used, data_dir=str(self.root/"data")), [self._data_cell(d) for d in used], said)
+                shown = list(dict.fromkeys(used + study.data.convert))
+                self._add("table", table, table, dict(study=study.study, datasets=shown, data_dir=str(self.root/"data")), [self._data_cell(d) for d in shown], said)
         for kind, notebook in [("table", t) for t in study.tables if t != "table1"] + [("figure", f) for f in study.figures]:
             for size, model in study.models.items():
                 label = notebook if len(study.models) == 1 else f"{notebook}-{size}"

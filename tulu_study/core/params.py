@@ -184,6 +184,7 @@ class StudyModel(Record):
 class StudyData(Record):
     "How much raw data is used and how much of it may be bad."
     limit: int = Field(0, ge=0)       # conversations per dataset in training, 0 = all
+    convert: list[str] = []           # datasets that Table 1 shows although no model is trained on them
     max_rejected: float = Field(0.01, ge=0, le=1)   # share of raw records; above it the conversion fails
 
 # %% ../../nbs/core/01_params.ipynb #70f4c944
@@ -382,6 +383,7 @@ def _unknown(
         elif models()[m.base].kind == "endpoint": found.append((("models", size, "base"), f"{m.base} is an endpoint: it has no weights to start from; tulu-study evaluate {m.base} asks it"))
         else: found += _training_problems(study, size)
         found += [(("models", size, "data", i), f"no dataset or mix {d!r}; there are {', '.join(data)}") for i, d in enumerate(m.data) if d not in data]
+    found += [(("data", "convert", i), f"no dataset {d!r}; there are {', '.join(datasets())}") for i, d in enumerate(study.data.convert) if d not in datasets()]
     for key, b in study.benchmarks.items():
         if key not in benchmarks(): found.append((("benchmarks", key), f"no benchmark {key!r}; there are {', '.join(benchmarks())}"))
         else: found += [(("benchmarks", key, "settings", i), f"{key} has no setting {s!r}; it has {', '.join(benchmarks()[key].settings)}")
