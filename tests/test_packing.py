@@ -13,7 +13,7 @@ from tulu_study.training.packing import best_fit, flatten, register_segments, se
 
 FAMILIES = ("llama", "gpt_neox", "opt")
 LENGTHS = (20, 31, 9, 2)
-OURS = ("targets", "weights", "tokens", "supervised")   # of a flattened pack, not for the model
+OURS = ("targets", "of", "weights", "tokens", "supervised")   # of a flattened pack, not for the model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,11 +101,11 @@ def _under_deepspeed(base, stage, out):
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1),
                                       config={"train_batch_size": 1, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True})
     batch = pack_of(four())
-    targets, weights, *_ = (batch.pop(name) for name in OURS)
-    first = weighted_loss(engine(**batch, use_cache=False).logits, targets, weights)
+    targets, of, weights, *_ = (batch.pop(name) for name in OURS)
+    first = weighted_loss(engine(**batch, use_cache=False).logits, targets, of, weights)
     engine.backward(first)
     engine.step()
-    second = weighted_loss(engine(**batch, use_cache=False).logits, targets, weights)
+    second = weighted_loss(engine(**batch, use_cache=False).logits, targets, of, weights)
     found = {"learnt": second.item() != first.item()}
     for mode in ("train", "eval"):
         getattr(engine, mode)()
@@ -130,8 +130,8 @@ def test_loss_and_gradients_are_those_of_padded_conversations(family, loss):
     batches = [[pair for pair, keep in zip(zip(rows, weights), pattern) if keep] for pattern in ((1, 0, 1, 0), (0, 1, 0, 1))]   # another split than the micro-batches
     ours = 0.0
     for batch in map(flatten, batches):
-        targets, weights_, *_ = (batch.pop(name) for name in OURS)
-        part = weighted_loss(packed(**batch, use_cache=False).logits, targets, weights_)
+        targets, of, weights_, *_ = (batch.pop(name) for name in OURS)
+        part = weighted_loss(packed(**batch, use_cache=False).logits, targets, of, weights_)
         part.backward()
         ours += part.item()
     theirs = 0.0
@@ -165,8 +165,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model = tiny("llama", register_segments()).train()
         if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
         batch = pack_of(four())
-        targets, weights, *_ = (batch.pop(name) for name in OURS)
-        weighted_loss(model(**batch, use_cache=False).logits, targets, weights).backward()
+        targets, of, weights, *_ = (batch.pop(name) for name in OURS)
+        weighted_loss(model(**batch, use_cache=False).logits, targets, of, weights).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*gradients)
 

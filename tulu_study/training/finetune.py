@@ -211,8 +211,8 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
 
         def packed_loss(self, model, inputs):
             "The pack's share of the step's loss, times the ranks because gradients are averaged over them."
-            targets, weights, *counts = (inputs.pop(name) for name in ("targets", "weights", "tokens", "supervised"))
-            loss = weighted_loss(model(**inputs, use_cache=False).logits, targets, weights) * config.ranks   # with a cache the boundaries would be lost
+            targets, of, weights, *counts = (inputs.pop(name) for name in ("targets", "of", "weights", "tokens", "supervised"))
+            loss = weighted_loss(model(**inputs, use_cache=False).logits, targets, of, weights) * config.ranks   # with a cache the boundaries would be lost
             self.window += torch.tensor([loss.detach().item(), 1.0, *counts], dtype=torch.float64)
             return loss
 

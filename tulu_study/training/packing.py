@@ -70,15 +70,15 @@ def filling(n: int) -> int:  # how many are missing
     "Count what is missing to the next multiple; at least one full multiple for nothing at all."
     return -n % MULTIPLE if n else MULTIPLE
 
-# %% ../../nbs/training/03_packing.ipynb #1015a516
+# %% ../../nbs/training/03_packing.ipynb #3e77edd1
 def flatten(
     pack: list,           # [(encoded conversation, weight of its supervised tokens)]
     padding_id: int = 0,  # token that fills the row up
-) -> dict:                # what the model takes, as tensors, and "targets", "weights", "tokens", "supervised" for the loss and the log
+) -> dict:                # what the model takes, as tensors, and "targets", "of", "weights" for the loss, "tokens", "supervised" for the log
     "Lay the conversations of a pack end to end in one row."
     import torch
-    ids, positions, bounds, kept, targets, weights = [], [], [0], [], [], []
-    for row, weight in pack:
+    ids, positions, bounds, kept, targets, of = [], [], [0], [], [], []
+    for number, (row, _) in enumerate(pack):
         start, length = len(ids), len(row["input_ids"])
         counted = [i for i in range(1, length) if row["labels"][i] != IGNORED]
         ids += row["input_ids"]
@@ -86,25 +86,26 @@ def flatten(
         bounds.append(start + length)
         kept += [start + i - 1 for i in counted]
         targets += [row["labels"][i] for i in counted]
-        weights += [weight] * len(counted)
+        of += [number] * len(counted)
     tokens, counted, extra, idle = len(ids), len(kept), filling(len(ids)), filling(len(kept))
     if extra: bounds.append(tokens + extra)
     bounds_ = torch.tensor(bounds, dtype=torch.int32)
     longest = max(b - a for a, b in zip(bounds, bounds[1:]))
     return {"input_ids": torch.tensor([ids + [padding_id] * extra]), "position_ids": torch.tensor([positions + [*range(extra)]]),
             "logits_to_keep": torch.tensor(kept + [0] * idle), "cu_seq_lens_q": bounds_, "cu_seq_lens_k": bounds_, "max_length_q": longest, "max_length_k": longest,
-            "targets": torch.tensor(targets + [0] * idle), "weights": weights + [0.0] * idle, "tokens": tokens, "supervised": counted}
+            "targets": torch.tensor(targets + [0] * idle), "of": torch.tensor(of + [len(pack)] * idle), "weights": [weight for _, weight in pack] + [0.0], "tokens": tokens, "supervised": counted}
 
-# %% ../../nbs/training/03_packing.ipynb #4de447d8
+# %% ../../nbs/training/03_packing.ipynb #d8abcff0
 def weighted_loss(
     logits,               # tensor [1, kept, vocabulary] of the kept positions
     targets,              # tensor [kept], the token after each
-    weights: list[float], # of each; Python numbers, so that no trainer rounds them to 16 bits
+    of,                   # tensor [kept], the conversation of each
+    weights: list[float], # of each conversation; Python numbers, so that no trainer rounds them to 16 bits
 ):                        # scalar tensor
     "Sum the weighted cross-entropies in float32."
     import torch
     losses = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
-    return losses @ torch.tensor(weights, dtype=torch.float32, device=losses.device)
+    return losses @ torch.tensor(weights, dtype=torch.float32, device=losses.device)[of]
 
 # %% ../../nbs/training/03_packing.ipynb #04947309
 SEGMENTS = "segments"  # the name under which transformers knows `segment_attention`
