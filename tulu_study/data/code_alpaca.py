@@ -10,7 +10,7 @@ from .conversion import converter
 from .self_instruct import convert_self_instruct
 
 # %% ../../nbs/data/11_code_alpaca.ipynb #517271e1
-@converter("code_alpaca")
+@converter("code_alpaca", draws=1)
 def convert_code_alpaca(
     raw,  # the raw file
     rng,  # one draw a record

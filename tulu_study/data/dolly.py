@@ -18,7 +18,7 @@ def read_dolly(
     return text_of(row, "instruction"), text_of(row, "context", optional=True), text_of(row, "response")
 
 
-@converter("dolly")
+@converter("dolly", draws=1)
 def convert_dolly(
     raw,  # the raw files
     rng,  # one draw a record

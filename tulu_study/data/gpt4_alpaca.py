@@ -10,7 +10,7 @@ from .conversion import converter
 from .self_instruct import convert_self_instruct
 
 # %% ../../nbs/data/12_gpt4_alpaca.ipynb #49fb77b7
-@converter("gpt4_alpaca")
+@converter("gpt4_alpaca", draws=1)
 def convert_gpt4_alpaca(
     raw,  # the raw English file
     rng,  # one draw a record

@@ -6,12 +6,12 @@
 __all__ = ['RAW_CHARACTERS', 'RECORD_SIZE', 'DAMAGED', 'RawRecord', 'BadRecord', 'parse_line', 'open_raw', 'read_lines',
            'read_items', 'read_records', 'text_of']
 
-# %% ../../nbs/data/01_reading.ipynb #77a20bb0
-import codecs, gzip, json, zlib
+# %% ../../nbs/data/01_reading.ipynb #e9887f8c
+import codecs, gzip, json, re, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../../nbs/data/01_reading.ipynb #67852bd6
+# %% ../../nbs/data/01_reading.ipynb #26f7a997
 RAW_CHARACTERS = 500  # how much of a rejected record is kept
 RECORD_SIZE = 32 * 1024 * 1024  # bytes of a line, or characters of a list item, above which a record is rejected
 
@@ -23,7 +23,7 @@ def _shorten(data) -> str:
     return data[:RAW_CHARACTERS].rstrip("\r\n")
 
 
-@dataclass
+@dataclass(slots=True)
 class RawRecord:
     "One raw record: a value, or the reason why there is none."
     file: str  # name of the file, relative to the dataset's folder
@@ -46,7 +46,7 @@ class BadRecord(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
-# %% ../../nbs/data/01_reading.ipynb #24c26315
+# %% ../../nbs/data/01_reading.ipynb #34313659
 _parse = json.JSONDecoder().decode  # one object for all lines: `json.loads` looks at its arguments anew for each
 
 
@@ -57,7 +57,7 @@ def parse_line(
 ) -> RawRecord:  # with a value or with a reason
     "Parse one line of a JSON-lines file; never raises."
     try:
-        return RawRecord(file, row, _parse(line.decode("utf-8-sig" if row == 1 else "utf-8")), data=line)
+        return RawRecord(file, row, _parse(line.decode("utf-8-sig" if row == 1 else "utf-8")), "", "", line)
     except UnicodeDecodeError as error:
         reason, detail = "invalid_utf8", error
     except RecursionError:
@@ -66,11 +66,13 @@ def parse_line(
         reason, detail = ("malformed_json", error) if line.strip() else ("empty_line", "found an empty line, expected a JSON object")
     return RawRecord(file, row, reason=reason, detail=str(detail)[:RAW_CHARACTERS], data=line)
 
-# %% ../../nbs/data/01_reading.ipynb #74c5f336
+# %% ../../nbs/data/01_reading.ipynb #6fcb6d81
 def open_raw(
-    path: str | Path,  # plain or gzip, whatever its name says
+    path,  # a file, plain or gzip, whatever its name says; or a binary stream, such as a part of a file that is in memory
 ):  # binary stream of the uncompressed content
     "Open a raw file for reading."
+    if hasattr(path, "read"):
+        return path
     with open(path, "rb") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if packed else open(path, "rb")
@@ -107,7 +109,7 @@ def read_lines(
         except DAMAGED as error:
             yield RawRecord(file, row + 1, reason="damaged_gzip", detail=f"the file can be unpacked only up to here ({error}); copy or download it again")
 
-# %% ../../nbs/data/01_reading.ipynb #9a8a79ac
+# %% ../../nbs/data/01_reading.ipynb #b0ece784
 class _Window:
     "The part of a file's text that is being parsed."
 
@@ -132,8 +134,10 @@ class _Window:
     def sign(self) -> str:
         "The next character that is not white space, without taking it; an empty text at the end."
         while True:
-            while (sign := self.text[self.place : self.place + 1]) and sign in " \n\r\t":
+            sign = self.text[self.place : self.place + 1]
+            while sign and sign in " \n\r\t":
                 self.place += 1
+                sign = self.text[self.place : self.place + 1]
             if sign or self.ended:
                 return sign
             self.more()
@@ -160,29 +164,42 @@ def _value(window: _Window, parse=json.JSONDecoder().raw_decode):
             raise _TooLarge(f"found no end of the item within {RECORD_SIZE:,} characters")
         window.more()
 
-# %% ../../nbs/data/01_reading.ipynb #4dfbcec9
+# %% ../../nbs/data/01_reading.ipynb #7583312c
+_COMMA = re.compile(r"[ \n\r\t]*,[ \n\r\t]*[^ \n\r\t]")  # the usual way from one item to the next, within a window
+
+
 def _items(
     window: _Window,  # at the start of a JSON list, or of one JSON value
+    parse=json.JSONDecoder().raw_decode,
 ):  # yields (value, its text, shortened); ValueError at the first malformed place
     "Take the items off a JSON list one by one."
     many = window.sign() == "["
     window.place += many
-    while not (many and window.sign() == "]"):
-        window.sign()
+    window.sign()
+    while not (many and (window.text[window.place : window.place + 1] or window.sign()) == "]"):
         before, held = window.place, window.text
-        value = _value(window)
+        try:
+            value, window.place = parse(held, before)
+        except ValueError:
+            window.place = len(held)
+        if window.place == len(held):  # at the window's end: more may follow
+            window.place = before
+            value = _value(window)
         yield value, held[before : before + RAW_CHARACTERS]
         if not many:
             break
-        if (sign := window.sign()) == ",":
+        if step := _COMMA.match(window.text, window.place):
+            window.place = step.end() - 1
+        elif (sign := window.sign()) == ",":
             window.place += 1
+            window.sign()
         elif sign != "]":
             raise ValueError(f"expected a comma or the end of the list, found {window.text[window.place : window.place + 20]!r} at character {window.behind + window.place}")
     window.place += many
     if window.sign():
         raise ValueError(f"expected the end of the file, found {window.text[window.place : window.place + 20]!r}")
 
-# %% ../../nbs/data/01_reading.ipynb #788f701a
+# %% ../../nbs/data/01_reading.ipynb #aa5ac6e0
 def read_items(
     path: str | Path,  # a JSON file that holds a list, or one object; plain or gzip
     file: str = "",  # name for the records' positions, default the file's own
@@ -193,7 +210,7 @@ def read_items(
         window = _Window(stream)
         try:
             for value, text in _items(window):
-                yield RawRecord(file, row, value, data=text)
+                yield RawRecord(file, row, value, "", "", text)
                 row += 1
             reason, detail = window.fault or ("", "")
         except RecursionError:
@@ -203,10 +220,10 @@ def read_items(
         if reason:
             yield RawRecord(file, row, reason=reason, detail=detail, data=window.text[window.place : window.place + RAW_CHARACTERS])
 
-# %% ../../nbs/data/01_reading.ipynb #db4adfa3
+# %% ../../nbs/data/01_reading.ipynb #8810be93
 def read_records(
-    path: str | Path,  # a raw file
-    file: str = "",  # name for the records' positions
+    path,  # a raw file, or a binary stream
+    file: str = "",  # name for the records' positions; needed for a stream
 ):  # yields RawRecords
     "Read a raw file by its kind: `.jsonl` by line, `.json` by item."
     lines = (file or Path(path).name).removesuffix(".gz").endswith(".jsonl")

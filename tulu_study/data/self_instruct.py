@@ -18,7 +18,7 @@ def read_self_instruct(
     return text_of(row, "instruction"), text_of(row, "input", optional=True), text_of(row, "output")
 
 
-@converter("self_instruct")
+@converter("self_instruct", draws=1)
 def convert_self_instruct(
     raw,  # the raw files
     rng,  # one draw a record

@@ -10,7 +10,7 @@ from .conversion import converter
 from .self_instruct import convert_self_instruct
 
 # %% ../../nbs/data/10_stanford_alpaca.ipynb #cddb3036
-@converter("stanford_alpaca")
+@converter("stanford_alpaca", draws=1)
 def convert_stanford_alpaca(
     raw,  # the raw file
     rng,  # one draw a record

@@ -33,7 +33,7 @@ class _Picks:
     def __init__(self, row):
         self.row = row
 
-    def choices(self, table, weights):
+    def choices(self, table, weights=None, *, cum_weights=None):
         return [table[self.row]]
 
 
