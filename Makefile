@@ -1,6 +1,7 @@
 # make study   set up the environment and run a study (STUDY=nano by default; SOURCES=<folder of raw files>)
 # make test    set up and run everything that CI runs
 # make plan | report | lab | figures | doctor | system-deps | clean
+# make bench-data   how fast conversion is, as ratios against named opponents (SOURCES and TOKENIZER = folder with LLaMA's tokenizer, for ShareGPT on real data)
 
 STUDY ?= nano
 PYTHON ?= python3
@@ -18,7 +19,7 @@ endif
 # a study started by make ends with make
 export TULU_TIED := 1
 
-.PHONY: study plan report lab test check figures doctor setup system-deps clean readme
+.PHONY: study plan report lab test check figures doctor setup system-deps clean readme bench-data
 .DEFAULT_GOAL := study
 
 study: setup
@@ -61,6 +62,10 @@ system-deps-if-root:
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) --no-print-directory system-deps; \
 	else echo "Not installed:$$missing. The tests that need them are skipped; to install: sudo make system-deps"; fi
+
+bench-data: setup
+	@$(BIN)/python bench/data.py
+	@$(if $(TOKENIZER),$(BIN)/python bench/sharegpt.py --tokenizer "$(TOKENIZER)" $(if $(SOURCES),--source "$(SOURCES)"),echo "ShareGPT's splitting is timed with LLaMA's tokenizer: make bench-data TOKENIZER=<folder with tokenizer.json and tokenizer.model> [SOURCES=…]")
 
 readme: setup
 	@$(BIN)/python tools/readme.py
