@@ -51,3 +51,11 @@ def test_the_page_has_the_two_files_and_no_more():
     code = ["".join(cell["source"]) for cell in json.loads((TOUR / "add_a_dataset.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
     functions = [node.name for cell in code for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.FunctionDef)]
     assert functions == ["read_question", "convert_bike_faq"], "a dataset of one's own takes a reader and a converter"
+
+
+def test_footguns_shows_what_it_says(run):
+    kept = nbformat.read(TOUR / "footguns.ipynb", 4)
+    made = run("footguns")
+    texts = lambda nb: ["".join(o.get("text") or o["data"].get("text/plain", "")) for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert texts(made) == texts(kept), "the outputs that readers see are those that the code gives"
+    assert len([cell for cell in kept.cells for line in cell.source.splitlines() if cell.cell_type == "markdown" and line.startswith("## ")]) == 14 and "fourteen" in kept.cells[0].source
