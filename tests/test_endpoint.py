@@ -40,12 +40,8 @@ class Handler(BaseHTTPRequestHandler):
             server.requests.append(body)
             server.headers.append(dict(self.headers))
             server.paths.append(self.path)
-            server.now += 1
-            server.most = max(server.most, server.now)
             wrong = server.plan.pop(0) if server.plan else None
-        try: self.misbehave(wrong) if wrong else self.behave(body)
-        finally:
-            with server.lock: server.now -= 1
+        self.misbehave(wrong) if wrong else self.behave(body)
 
     def send(self, status, content, headers=()):
         self.send_response(status)
@@ -71,7 +67,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def behave(self, body):
         server, chat = self.server, "messages" in body
+        with server.lock:
+            server.now += 1
+            server.most = max(server.most, server.now)
         time.sleep(server.delay)
+        with server.lock: server.now -= 1  # before the answer goes out: what follows it is another request
         texts = server.answer(body)
         top = server.top(body) if server.top else None
         listed = None if top is None else {"content": [{"token": next(iter(top)), "top_logprobs": [{"token": t, "logprob": v} for t, v in top.items()]}]} if chat else {"top_logprobs": [top]}
@@ -189,8 +189,8 @@ def test_nothing_is_an_answer_only_where_the_model_stopped(server, text, finish,
 
 
 def test_no_more_requests_in_flight_than_allowed(server):
-    server.delay = 0.02
-    assert len(engine_for(server, concurrency=3).generate(["x"] * 12, 8)) == 12 and server.most <= 3
+    server.delay = 0.05
+    assert len(engine_for(server, concurrency=3).generate(["x"] * 12, 8)) == 12 and 2 <= server.most <= 3
 
 
 def test_requests_and_tokens_are_spaced_within_the_limits():
@@ -346,3 +346,14 @@ def test_an_outage_stores_nothing_and_the_same_command_continues(server, sources
     assert len(read_predictions(tmp_path / "p" / "gsm-direct.jsonl")) == 3
     report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
     assert (report.kept, report.made) == (3, 5)
+
+
+def test_one_refusal_stops_the_others_in_their_retries(server):
+    "Three requests are in their retries when a fourth meets a refused key: nobody asks five more times."
+    server.plan = [(503, None), (503, None), (503, None), (401, None), *[(503, None)] * 60]
+    with pytest.raises(EngineError, match="refuses the key"): engine_for(server, concurrency=4).generate(["x"] * 4, 8)
+    assert len(server.requests) <= 10
+    server.plan = []
+    engine = engine_for(server)
+    engine.given_up.set()
+    assert engine.generate(["x"], 8)[0].texts == ["42"], "the next call begins afresh"

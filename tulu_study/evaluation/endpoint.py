@@ -134,7 +134,7 @@ class EndpointEngine(Engine):
         self.exact_count = getattr(self.tokenizer, "exact", True)
         self.pace, self.sleep, self.random = Pace(record.requests_per_minute, record.tokens_per_minute, clock, sleep), sleep, random.Random(seed)
         self.usage = dict.fromkeys(("requests", "retries", "from_recording", "prompt_tokens", "completion_tokens", "estimated"), 0)
-        self.lock, self.client, self.key = threading.Lock(), None, os.environ.get(record.key_variable or "", "")
+        self.lock, self.given_up, self.client, self.key = threading.Lock(), threading.Event(), None, os.environ.get(record.key_variable or "", "")
         self.note = "; ".join(filter(None, [note, "replayed" if self.replayed else "", "" if self.exact_count else "token counts before asking are estimates"])) or None
         if record.key_variable and not self.key and not self.replayed:
             raise EngineError(f"the endpoint {record.url} wants a key: set the environment variable {record.key_variable}, or replay a recording")
@@ -178,8 +178,15 @@ class EndpointEngine(Engine):
                 return Output(prompt_tokens=size, error=f"prompt too long: {size} tokens, the model takes {self.max_length} with one new token")
             try: return work(prompt)
             except Failed as error: return Output(prompt_tokens=size, error=str(error))
+            except EngineError:
+                self.given_up.set()  # the others shall not go on asking what has no answer
+                raise
+        self.given_up.clear()
         pool = ThreadPoolExecutor(max(1, min(self.record.concurrency, len(prompts))))
         try: return list(pool.map(one, prompts))
+        except BaseException:
+            self.given_up.set()
+            raise
         finally: pool.shutdown(wait=True, cancel_futures=True)
 
     # ---- one request
@@ -241,6 +248,7 @@ class EndpointEngine(Engine):
         reason = ""
         for attempt in range(self.attempts):
             self.pace.take(tokens)
+            if self.given_up.is_set(): raise Failed("engine: not asked, another request has shown that none can succeed")
             with self.lock: self.usage["requests" if attempt == 0 else "retries"] += 1
             wait = None
             try: reply = self.connection().post("/chat/completions" if self.record.api == "chat" else "/completions", json=body)
