@@ -113,6 +113,7 @@ class Task:
         if output.error is None:
             if b.kind == "options" and output.logprobs is None: answer = b.extract(output.texts[0])  # an endpoint that lists no log-probabilities
             elif b.kind == "options": output.texts, answer = [], b.choose(output.logprobs)
+            elif b.kind == "completions": output.texts, answer = [], b.completions(example)[output.logprobs.index(max(output.logprobs))]
             elif b.n_samples == 1: answer = b.extract(output.texts[0])
         row = {"example_id": example.id, "group": example.group, "prompt_hash": digest, "completions": output.texts, "answer": answer, "target": example.target,
                "score": None, "error": output.error, "prompt_tokens": output.prompt_tokens, "completion_tokens": output.completion_tokens, "finish": output.finish}
