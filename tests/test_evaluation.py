@@ -233,7 +233,8 @@ for cls in (VLLMEngine, TransformersEngine):
     found[engine.name] = runs = []
     for _ in range(2):
         engine.reset()
-        runs.append([[vars(o) for o in engine.generate(prompts, 24)], [vars(o) for o in engine.generate(prompts, 24, stop=[stop])], [vars(o) for o in engine.option_scores(prompts, [66, 67, 68, 69])]])
+        runs.append([[vars(o) for o in engine.generate(prompts, 24)], [vars(o) for o in engine.generate(prompts, 24, stop=[stop])], [vars(o) for o in engine.option_scores(prompts, [66, 67, 68, 69])],
+                     [vars(o) for o in engine.completion_scores(prompts, [["on the mat.", "under a happy tree"]] * 5)]])
     found[engine.name + " sampled"] = [o.texts for o in engine.generate(prompts[:2], 8, temperature=0.8, n=3)]
 print("FOUND" + json.dumps(found))
 """
@@ -248,8 +249,9 @@ def test_engines_agree(checkpoint):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.split("FOUND", 1)[1])
     assert found["vllm"][0] == found["vllm"][1], "the same requests after a reset gave something else"
-    (texts, cut, options), (texts_ref, cut_ref, options_ref) = found["vllm"][0], found["transformers"][0]
+    (texts, cut, options, whole), (texts_ref, cut_ref, options_ref, whole_ref) = found["vllm"][0], found["transformers"][0]
     assert texts == texts_ref and cut == cut_ref
     assert cut[0]["texts"] == [plain[:plain.index(stop)]] and cut[0]["finish"] == ["stop"] and texts[4]["error"].startswith("prompt too long")
     for ours, theirs in zip(options[:4], options_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
-    assert options[4]["error"] == options_ref[4]["error"] and all(len(row) == 3 for row in found["vllm sampled"])
+    for ours, theirs in zip(whole[:4], whole_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-2) and ours["completion_tokens"] == theirs["completion_tokens"]
+    assert whole[4]["error"] == whole_ref[4]["error"] and options[4]["error"] == options_ref[4]["error"] and all(len(row) == 3 for row in found["vllm sampled"])

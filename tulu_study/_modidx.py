@@ -178,6 +178,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'tulu_study/data/conversion.py'),
                                             'tulu_study.data.conversion._workers': ( 'data/conversion.html#_workers',
                                                                                      'tulu_study/data/conversion.py'),
+                                            'tulu_study.data.conversion.add_contamination': ( 'data/conversion.html#add_contamination',
+                                                                                              'tulu_study/data/conversion.py'),
                                             'tulu_study.data.conversion.convert': ( 'data/conversion.html#convert',
                                                                                     'tulu_study/data/conversion.py'),
                                             'tulu_study.data.conversion.converter': ( 'data/conversion.html#converter',

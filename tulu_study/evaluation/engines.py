@@ -130,6 +130,7 @@ class Engine:
     ) -> list:  # of Output with `logprobs`, one for each completion of the prompt
         """Log-probability of whole completions. A blank joins prompt and completion unless the prompt ends in white space; what follows the
         prompt's own tokens is the completion. One completion that fails fails its prompt."""
+        if type(self).run_tails is Engine.run_tails: raise EngineError(f"the engine {self.name!r} gives no log-probabilities of whole completions, which a benchmark by choice needs (TruthfulQA, setting mc); leave that setting out, or run the model with vllm or transformers")
         reduce = {"sum": sum, "mean": lambda values: sum(values) / len(values), "max": max}[aggregation]
         wholes = list(dict.fromkeys((prompt, text) for prompt, texts in zip(prompts, completions, strict=True) for text in texts))
         starts = dict(zip(dict.fromkeys(prompts), map(len, self.encode(list(dict.fromkeys(prompts))))))

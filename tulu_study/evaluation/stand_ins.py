@@ -161,7 +161,7 @@ def measure(
     of_both = lambda value: round(sum(value(said, yes) for said, yes in halves) / 2, 4)
     return {"auc": of_both(roc_auc_score), "accuracy": of_both(lambda said, yes: float(((yes >= 0.5) == said).mean())), "always": of_both(lambda said, _: float(max(said.mean(), 1 - said.mean())))}
 
-# %% ../../nbs/evaluation/10_stand_ins.ipynb #46d2c602
+# %% ../../nbs/evaluation/10_stand_ins.ipynb #a74141df
 def stand_in_facts(
     judges: dict,  # name -> Judge
 ) -> dict | None:  # name, auc, accuracy, always, trained_on, n; by judge where there are several; None without stand-ins
@@ -171,7 +171,9 @@ def stand_in_facts(
     if len(facts) < len(judges): raise ValueError(f"{', '.join(facts)}: judged by a stand-in, the rest by published models; a score has one kind of judge")
     if len(facts) == 1: return next(iter(facts.values()))
     keys = [key for key in next(iter(facts.values())) if key != "name"]
-    return {"name": " and ".join(each["name"] for each in facts.values())} | {key: {name: each[key] for name, each in facts.items()} for key in keys}
+    both = {key: {name: each[key] for name, each in facts.items()} for key in keys}
+    if "why" in both: both["why"] = next(iter(both["why"].values()))   # the same for all: one missing judge replaces them all
+    return {"name": " and ".join(each["name"] for each in facts.values())} | both
 
 def in_words(
     stand_in: dict | None,  # as stored with a score
