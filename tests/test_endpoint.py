@@ -110,6 +110,13 @@ def test_a_prompt_is_completed(server, api, path, field):
     assert (body["temperature"], body["top_p"], body["n"], body["max_tokens"], body["top_k"], len(body["stop"])) == (0.0, 1.0, 1, 32, 0, 4), "every decoding option is sent; the protocol takes four stops"
 
 
+def test_a_completion_is_asked_for_no_longer_than_the_context_allows(server):
+    engine = engine_for(server, context=64)
+    engine.generate(["short", "word " * 40, "word " * 100], 32)
+    assert sorted(body["max_tokens"] for body in server.requests) == [1, 1, 32]
+    assert 1 < engine.body("x", 20)["max_tokens"] and engine.generate(["word " * 20], 32)[0].error is None and 1 < server.requests[-1]["max_tokens"] < 32
+
+
 def test_samples_come_back_in_order(server):
     server.answer = lambda body: [f"sample {i}" for i in range(body["n"])]
     output, = engine_for(server).generate(["x"], 8, temperature=0.8, top_p=0.95, n=3)

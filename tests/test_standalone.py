@@ -32,13 +32,13 @@ def test_a_folder(checkpoint, sources, tmp_path):  # noqa: F811
     assert {"results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "config", "git_hash", "model_name", "task_hashes"} <= set(found)
     gsm, mmlu = found["results"]["tulu_gsm_direct"], found["results"]["tulu_mmlu_0shot"]
     assert gsm["exact_match,none"] == pytest.approx(report.scores[0]["value"] / 100) and mmlu["acc,none"] == pytest.approx(report.scores[1]["value"] / 100)
-    assert set(gsm) == {"alias", "exact_match,none", "exact_match_stderr,none"} and 0 <= gsm["exact_match_stderr,none"] <= 1
+    assert set(gsm) == {"name", "alias", "sample_len", "exact_match,none", "exact_match_stderr,none"} and 0 <= gsm["exact_match_stderr,none"] <= 1
     assert found["group_subtasks"] == {"tulu_gsm_direct": [], "tulu_mmlu_0shot": ["tulu_mmlu_0shot_astronomy", "tulu_mmlu_0shot_marketing"]}
-    assert found["n-samples"]["tulu_mmlu_0shot_astronomy"] == {"original": 2, "effective": 2} and found["n-shot"]["tulu_gsm_direct"] == 8
+    assert found["n-samples"]["tulu_mmlu_0shot_astronomy"] == {"original": 6, "effective": 2} and found["n-samples"]["tulu_gsm_direct"] == {"original": 30, "effective": 4} and found["n-shot"]["tulu_gsm_direct"] == 8
     assert set(found["results"]) == set(found["configs"]) == set(found["versions"]) == set(found["n-samples"])
     config = found["configs"]["tulu_gsm_direct"]
     assert config["output_type"] == "generate_until" and config["generation_kwargs"]["max_gen_toks"] == 16 and not config["generation_kwargs"]["do_sample"]
-    assert found["config"]["model"] == "transformers" and found["config"]["model_args"].startswith("pretrained=") and found["config"]["limit"] == {"gsm": 4, "mmlu": 2}
+    assert found["config"]["model"] == "transformers" and found["config"]["model_args"].startswith("pretrained=") and found["config"]["limit"] is None and found["config"]["limits"] == {"gsm": {"n": 4}, "mmlu": {"per_group": 2}}
 
 
 def test_chat_format_follows_the_template(checkpoint, tmp_path):  # noqa: F811
@@ -60,11 +60,13 @@ def _no_warning():
 
 def test_an_address(server, sources, tmp_path):  # noqa: F811
     server.answer = lambda body: [" B" if body["max_tokens"] == 1 else "3"]
-    options = {"served": "served", "source_root": sources, "recording": "record"}
+    said = []
+    options = {"served": "served", "source_root": sources, "recording": "record", "say": said.append}
     report = evaluate_any(server.url, WANTED, tmp_path, **options)
     assert report.scores[1]["option_scoring"].startswith("4 of 4") and report.scores[0]["chat"] is False
     cost = json.loads((tmp_path / "cost.json").read_text())
     assert cost["all_predictions"]["prompt_tokens"] == 80 and cost["this_call"]["requests"] == 8 and cost["estimate_at_most"]["requests"] == 8 and not cost["replayed"]
+    assert said[0].startswith("served: at most 8 requests, ") and said[1] == "served: 8 requests now, 0.00 dollars; all predictions together 0.00 dollars"
     found = json.loads((tmp_path / "results_served.json").read_text())
     assert found["config"]["model"] == "endpoint" and found["config"]["model_args"] == f"model=served,base_url={server.url}" and any("first letter" in note for note in found["notes"])
     replay = evaluate_any(server.url, WANTED, tmp_path, **options | {"recording": "replay"})

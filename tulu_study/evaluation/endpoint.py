@@ -200,7 +200,8 @@ class EndpointEngine(Engine):
 
     def complete(self, prompt, decoding) -> Output:
         "Text of one prompt."
-        room = decoding.max_new_tokens if not self.exact_count else min(decoding.max_new_tokens, self.max_length - self.count(prompt))
+        size = self.count(prompt) if self.exact_count else int(self.count(prompt) * 1.25) + 16  # an estimate is taken generously: servers refuse what may not fit
+        room = max(1, min(decoding.max_new_tokens, self.max_length - size))
         answer = self.answer(self.body(prompt, room, decoding.stop, decoding.temperature, decoding.top_p, decoding.n), prompt)
         if len(answer["texts"]) != decoding.n: raise Failed(f"no text: {len(answer['texts'])} completions came back, {decoding.n} were asked for")
         output = Output(prompt_tokens=answer["prompt_tokens"], completion_tokens=answer["completion_tokens"])
@@ -275,7 +276,7 @@ class EndpointEngine(Engine):
     def refusal(self, reply) -> str:
         "What a status other than 200 means. Raises EngineError for what no further request can mend, Failed for a request that is wrong by itself."
         status = reply.status_code
-        try: error = reply.json().get("error") or {}
+        try: error = reply.json().get("error") or {"message": reply.json().get("message")}
         except (ValueError, AttributeError): error = {}
         error = error if isinstance(error, dict) else {"message": str(error)}
         code, said = str(error.get("code") or ""), self.hide(" ".join(str(error.get("message") or "").split())[:200])

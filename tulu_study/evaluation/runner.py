@@ -12,6 +12,7 @@ What a benchmark needs for scoring (a sandbox, a judge) is asked for before the 
 """
 import json
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Report:
     tokens: int = 0  # completion tokens made by this call (0 when everything was there)
     kept: int = 0  # predictions found from an earlier run
     made: int = 0  # predictions made by this call
+    available: dict = field(default_factory=dict)  # "<benchmark>-<setting>" -> group -> questions in the test set, sampled or not
 
 
 def checkpoint_hash(folder: str | Path) -> str:
@@ -181,7 +183,9 @@ def evaluate(
         limit, tokenizer = (started.max_length, started.tokenizer) if started else length_and_tokenizer(checkpoint_dir, max_length)
         tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2)
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
-        for task in tasks: task.benchmark.ready()
+        for task in tasks:
+            task.benchmark.ready()
+            report.available[task.name] = dict(Counter(row.group for row in task.benchmark.rows))
     with timing("engine_start"):
         name, note = (started.name, started.note) if started else choose_engine(engine)
         common = started.identity() if started else {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype}

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from tulu_study.core.files import hash_json, write_atomic
+from tulu_study.core.messages import CHAT_TEMPLATE
 from tulu_study.core.params import Endpoint, Model, benchmarks as benchmark_records, models
 from tulu_study.core.settings import project_root
 from tulu_study.evaluation.benchmark import load_benchmark
@@ -53,6 +54,7 @@ def evaluate_any(
     max_dollars: float | None = None,  # endpoint: stop before asking where it may cost more
     seed: int = 42,  # of sampled completions
     chunk_size: int = 64,  # requests sent together
+    say=print,  # gets a line about the cost before an endpoint is asked, and one afterwards
 ) -> Report:  # scores as written, seconds, and how many predictions were made and kept
     "Evaluate any model on any benchmarks of the registry. Raises ValueError, KeyError, FileNotFoundError, SourceError, EngineError."
     wanted = parse_benchmarks(benchmarks, n, per_group)
@@ -62,14 +64,16 @@ def evaluate_any(
     if target.endpoint:
         asked = EndpointEngine(target.endpoint, seed, max_length, recording, out / "recording.jsonl" if recording != "off" else None)
         estimate = price(asked, wanted, bool(chat), protocol, source_root, chunk_size, out)
+        if not asked.replayed: say(f"{target.name}: at most {estimate['requests']:,} requests, {estimate['prompt_tokens']:,} prompt and {estimate['completion_tokens']:,} completion tokens, {estimate['dollars']:.2f} dollars")
         if max_dollars is not None and not asked.replayed and estimate["dollars"] > max_dollars:
             raise ValueError(f"asking {target.name} may cost up to {estimate['dollars']:.2f} dollars, more than max_dollars={max_dollars:g}. Ask for fewer examples (n, per_group), or allow more; nothing was asked")
         report = evaluate(facts, wanted, None, out / "predictions", out / "scores", source_root, asked, chat=bool(chat), **options)
-        write_cost(out / "cost.json", asked, estimate, report, out / "predictions")
+        cost = write_cost(out / "cost.json", asked, estimate, report, out / "predictions")
+        say(f"{target.name}: {cost['this_call']['requests']:,} requests now, {cost['this_call']['dollars']:.2f} dollars; all predictions together {cost['all_predictions']['dollars']:.2f} dollars")
     else:
         chat = speaks_chat(target.folder) if chat is None else chat
         report = evaluate(facts, wanted, target.folder, out / "predictions", out / "scores", source_root, engine, dtype, chat, **options)
-    results = harness_results(target, report.scores, wanted, out / "predictions", protocol)
+    results = harness_results(target, report, wanted, out / "predictions", protocol)
     write_atomic(out / f"results_{target.name}.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return report
 
@@ -171,33 +175,38 @@ def price(asked, wanted, chat, protocol, source_root, chunk_size, out) -> dict:
     return total | {"dollars": asked.dollars(total["prompt_tokens"], total["completion_tokens"])}
 
 
-def write_cost(path, asked, estimate, report, predictions):
+def write_cost(path, asked, estimate, report, predictions) -> dict:
     "What was expected at most, what this call spent, and what all predictions together have cost."
     rows = [row for score in report.scores for row in read_predictions(predictions / f"{score['benchmark']}-{score['setting']}.jsonl")]
     tokens = {name: sum(row[name] for row in rows if not row["error"]) for name in ("prompt_tokens", "completion_tokens")}
-    write_atomic(path, json.dumps({"model": asked.record.model, "replayed": asked.replayed, "prices_per_million": {"in": asked.record.price_in, "out": asked.record.price_out},
-                                   "estimate_at_most": estimate, "this_call": asked.spent(), "all_predictions": tokens | {"dollars": asked.dollars(**tokens)}}, indent=1) + "\n")
+    cost = {"model": asked.record.model, "replayed": asked.replayed, "prices_per_million": {"in": asked.record.price_in, "out": asked.record.price_out},
+            "estimate_at_most": estimate, "this_call": asked.spent(), "all_predictions": tokens | {"dollars": asked.dollars(**tokens)}}
+    write_atomic(path, json.dumps(cost, indent=1) + "\n")
+    return cost
 
 
 # ---- lm-evaluation-harness's results file
 
 def harness_results(
     target: Target,  # what was evaluated
-    scores: list,  # score objects as the runner writes them
+    report: Report,  # what the runner returned
     wanted: dict,  # key -> settings, n, per_group
     predictions: Path,  # folder of the predictions
     protocol: str = "paper",  # "paper" or "fixed"
 ) -> dict:  # results, groups, group_subtasks, configs, versions, n-shot, higher_is_better, n-samples, config, git_hash, …
-    "The scores in the layout of lm-evaluation-harness (version 0.4). n-samples: examples asked and scored; standard errors: half the interval over the normal quantile."
+    "The scores in the layout of lm-evaluation-harness (version 0.4). n-samples: questions in the test set and those that have a score; standard errors: half the interval over the normal quantile."
     kept = {name: {} for name in ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")}
+    scores = report.scores
     for score in scores:
         record = benchmark_records()[score["benchmark"]]
         setting, task = record.settings[score["setting"]], f"tulu_{score['benchmark']}_{score['setting']}"
         parts = {f"{task}_{file_name(name)}": group for name, group in score["groups"].items()}
-        identity = json.loads((predictions / f"{score['benchmark']}-{score['setting']}.identity.json").read_text(encoding="utf-8"))
+        identity = identity_of(predictions, score)
         metric, better = METRICS.get(score["metric"], score["metric"]), "toxic" not in score["metric"]
-        kept["results"][task] = {"alias": task, **metric_entry(metric, score["value"], half_width(score))}
-        kept["results"] |= {name: {"alias": f" - {name}", **metric_entry(metric, group["value"])} for name, group in parts.items()}
+        there = report.available[f"{score['benchmark']}-{score['setting']}"]
+        originals = {task: sum(there.values()), **{f"{task}_{file_name(name)}": there.get(name, group["n"]) for name, group in score["groups"].items()}}
+        kept["results"][task] = {"name": task, "alias": task, "sample_len": score["n"], **metric_entry(metric, score["value"], half_width(score))}
+        kept["results"] |= {name: {"name": name, "alias": f" - {name}", "sample_len": group["n"], **metric_entry(metric, group["value"])} for name, group in parts.items()}
         if parts: kept["groups"][task] = kept["results"][task]
         kept["group_subtasks"][task] = list(parts)
         for name, count in {task: score["n"], **{name: group["n"] for name, group in parts.items()}}.items():
@@ -207,16 +216,23 @@ def harness_results(
                                                            "top_p": identity["top_p"]}, "repeats": identity["n_samples"], "metadata": {"version": record.version, "protocol": protocol, "matches": setting.matches}}
             kept["versions"][name], kept["n-shot"][name] = record.version, setting.n_shot
             kept["higher_is_better"][name] = {metric: better}
-            kept["n-samples"][name] = {"original": score["n_examples"] if name == task else count, "effective": count}
-    limits = {key: options.get("n") or options.get("per_group") for key, options in wanted.items()}
+            kept["n-samples"][name] = {"original": originals[name], "effective": count}
+    limits = {key: {name: options[name] for name in ("n", "per_group") if options.get(name)} for key, options in wanted.items()}
+    same = {options.get("n") for options in wanted.values()}
     first = scores[0] if scores else {}
     folder = target.endpoint is None
     return kept | {"config": {"model": first.get("engine", "").split(" ")[0], "model_args": f"pretrained={target.source},dtype={first.get('dtype')}" if folder else f"model={target.endpoint.model},base_url={target.endpoint.url}",
-                              "batch_size": first.get("chunk_size"), "batch_sizes": [], "device": None, "use_cache": None, "limit": limits if any(limits.values()) else None, "bootstrap_iters": 2000,
+                              "batch_size": first.get("chunk_size"), "batch_sizes": [], "device": None, "use_cache": None, "limit": same.pop() if len(same) == 1 and not any(options.get("per_group") for options in wanted.values()) else None, "limits": limits, "bootstrap_iters": 2000,
                               "gen_kwargs": None, "random_seed": first.get("seed"), "numpy_seed": first.get("seed"), "torch_seed": first.get("seed"), "fewshot_seed": 42},
-                   "git_hash": git_hash(), "model_source": "local" if folder else "endpoint", "model_name": target.source, "model_name_sanitized": target.name, "chat_template": "tulu" if first.get("chat") else None,
+                   "git_hash": git_hash(), "model_source": "local" if folder else "endpoint", "model_name": target.source, "model_name_sanitized": target.name, "chat_template": CHAT_TEMPLATE if first.get("chat") else None, "max_length": identity_of(predictions, first).get("max_length"), "bos": first.get("bos"),
                    "system_instruction": None, "fewshot_as_multiturn": False, "task_hashes": {f"tulu_{s['benchmark']}_{s['setting']}": hash_json([s["prompts_sha256"], s["version"]]) for s in scores},
                    "made_by": "tulu-study", "notes": sorted({note for s in scores for note in (s.get("engine_note"), s.get("option_scoring"), s.get("stand_in")) if note})}
+
+
+def identity_of(predictions: Path, score: dict) -> dict:
+    "The identity of the predictions that a score was made from."
+    file = predictions / f"{score.get('benchmark')}-{score.get('setting')}.identity.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def metric_entry(metric: str, value: float | None, error: float | None = None) -> dict:
