@@ -36,7 +36,7 @@ HANDLER_MODULES = ("data", "training", "evaluation", "codex", "safety")
 # What a later issue covers: a dataset key, a benchmark key, or a (pattern of a) function's first word, and the stage.
 NOT_YET = {
     # other stages
-    "eval.alpaca_farm.*": "judging", "human_eval/*": "human", "scripts/weight_diff.py": "training",
+    "eval.alpaca_farm.*": "judging", "human_eval/*": "human",
 }
 
 

@@ -1,4 +1,4 @@
-"""Handlers for encoding (loss mask, token ids) and the learning-rate schedule."""
+"""Handlers for encoding (loss mask, token ids), the learning-rate schedule and weight differences."""
 import functools
 import hashlib
 import itertools
@@ -124,3 +124,44 @@ def encodings_of_real_data(case):
              "supervised": sum(label != -100 for row in encoded for label in row["labels"]),
              "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
     same({key: found[key] for key in case.output}, case.output)
+
+
+@handles("scripts/weight_diff.py")
+def weight_differences(case):
+    "Make a tiny base and a tuned model with a few rows more, go there and back, and measure as the vector did."
+    import tempfile
+    from pathlib import Path
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from tulu_study.training.weight_diff import make_diff, recover
+    sizes = re.search(r"vocab\w* (\d+)(?: *-> *(\d+))?", str(case.input))
+    if not sizes or "llama" not in str(case.input).lower(): raise CannotRebuild(f"neither a tiny LLaMA nor its vocabulary: {case.input}")
+    old, new = int(sizes[1]), int(sizes[2] or sizes[1])
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        raw = LlamaForCausalLM(LlamaConfig(vocab_size=old, **shape)).float()
+        raw.save_pretrained(folder / "raw")
+        tuned = AutoModelForCausalLM.from_pretrained(folder / "raw", dtype=torch.float32)
+        tuned.resize_token_embeddings(new, mean_resizing=False)
+        with torch.no_grad():
+            for parameter in tuned.parameters(): parameter += 1e-2 * torch.randn_like(parameter)
+        tuned.save_pretrained(folder / "tuned")
+        make_diff(folder / "raw", folder / "tuned", folder / "diff")
+        recover(folder / "raw", folder / "diff", folder / "back")
+        diff, back = (AutoModelForCausalLM.from_pretrained(folder / name, dtype="auto").state_dict() for name in ("diff", "back"))
+    wanted, started = tuned.state_dict(), raw.state_dict()
+    error = lambda name, rows=slice(None): (back[name][rows] - wanted[name][rows]).abs().max().item()
+    rounding = lambda name, rows=slice(None): wanted[name][rows].abs().max().item() * 2.0 ** -23   # a unit in the last place of the largest weight
+    expected, given = case.output, case.output.get("embeddings", {})
+    others = [name for name in wanted if name not in ("model.embed_tokens.weight", "lm_head.weight")]
+    if "max_err_non_embedding" in expected:
+        for name in others: assert error(name) <= max(expected["max_err_non_embedding"], rounding(name)), name
+    for name, said in given.items():
+        rows, pad = slice(0, old), slice(old, new)
+        if "max_err_original_rows" in said: assert error(name, rows) <= max(said["max_err_original_rows"], rounding(name, rows)), name
+        if "max_err_pad_row" in said and new > old: assert error(name, pad) <= max(said["max_err_pad_row"], rounding(name, pad)), name
+        if "diff_equals_tuned_minus_raw_on_original_rows" in said:
+            same(torch.equal(diff[name][rows], wanted[name][rows] - started[name]), said["diff_equals_tuned_minus_raw_on_original_rows"], f"{name}: tuned minus raw")
+    if "diff_dtype" in expected: same({str(tensor.dtype) for tensor in diff.values()}, {expected["diff_dtype"]}, "type of the difference")
