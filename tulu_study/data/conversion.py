@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONVERTERS', 'LIMITS', 'TABLE1_CUT', 'DatasetError', 'converter', 'converters', 'find_converter', 'dataset_record',
            'Raw', 'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'token_lengths', 'named_tokenizer',
-           'convert', 'require_accepted', 'two_samples']
+           'convert', 'add_contamination', 'require_accepted', 'two_samples']
 
-# %% ../../nbs/data/02_conversion.ipynb #daaa1740
+# %% ../../nbs/data/02_conversion.ipynb #fe1e2ff0
 import importlib.util, inspect, json, pkgutil, random
 from collections import Counter
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from ..core.sources import fetch
 from .counting import token_counter
 from .reading import BadRecord, RawRecord, read_records
 from .streams import BATCH, LARGE, READING, Growing, Ledger, Place, Pool, Unsplittable, blocks_of, cores, write_conversations
-from .validation import Tally, add_tallies, spread, summary_of, turns_of, validation_table
+from .validation import Tally, add_tallies, contamination, spread, summary_of, turns_of, validation_table
 
 # %% ../../nbs/data/02_conversion.ipynb #6839d5b1
 CONVERTERS = {}  # dataset key -> function
@@ -401,6 +401,20 @@ def convert(
     if tokenizer is not None:
         report.lengths = token_lengths(read_jsonl(folder / f"{record.key}_data.jsonl"), tokenizer, name)
     write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+    return report
+
+# %% ../../nbs/data/02_conversion.ipynb #dfa99008
+def add_contamination(
+    report: Report,  # of a finished conversion
+    folder: str | Path,  # that holds its files
+    source_root: str | Path | None = None,  # sources root with the benchmarks' files; None = the site's
+    ngram: int = 8,  # words in a row; 0 leaves the search out
+) -> Report:
+    "Enter a dataset's overlap with the benchmarks into its report, and into report.json."
+    if ngram:
+        found = contamination(read_jsonl(Path(folder) / f"{report.key}_data.jsonl"), source_root, ngram)
+        report.validation["contamination"] = found
+        write_atomic(Path(folder) / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     return report
 
 # %% ../../nbs/data/02_conversion.ipynb #7021df42

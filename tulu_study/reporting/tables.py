@@ -215,8 +215,8 @@ MEASURES = {"n_instances": ("instances", 0), "avg_rounds": ("rounds", 1), "avg_p
 def measured(report: dict) -> dict:
     "The four numbers of Table 1 in a conversion report; None where it has none."
     lengths = report.get("lengths") or {}
-    length = lambda role: (lengths.get(role) or {}).get("mean")
-    return {"n_instances": report["n_out"], "avg_rounds": (report.get("turns") or {}).get("mean"), "avg_prompt_length": length("user"), "avg_completion_length": length("assistant")}
+    length = lambda name, role: (lengths.get("table1") or {}).get(name, (lengths.get(role) or {}).get("mean"))
+    return {"n_instances": report["n_out"], "avg_rounds": (report.get("turns") or {}).get("mean"), "avg_prompt_length": length("prompt", "user"), "avg_completion_length": length("completion", "assistant")}
 
 # %% ../../nbs/reporting/01_tables.ipynb #3c41153c
 def read_report(data_dir, key: str) -> dict | None:
@@ -278,7 +278,7 @@ def table1_foot(by_row: list[list[dict]], other: list[str]) -> list[str]:
     refused = [f"{escape(row[0]['label'])} {row[0]['n_rejected']:,} of {row[0]['n_in']:,}" for row in by_row if row[0]["n_rejected"]]
     lengths = f"; lengths counted with another tokenizer ({escape(', '.join(other))}) have none" if other else ""
     difference = "" if invented(by_row[0][0]["study"]) else f". Δ = ours − the paper's{lengths}"
-    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion{difference}",
+    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion; a length is that of one message as converted, template included, up to 2,048 tokens{difference}",
             "not run = not part of this study; not run ✗ = asked for, but the conversion failed or is still to come", " · ".join(f"{sign} = {words}" for sign, words in LEGEND.items())]
 
 def table1_markdown(rows: list[dict], # records of `table1`
