@@ -10,7 +10,7 @@ from tulu_study.core.sources import SourceError
 from tulu_study.evaluation import engines, load_benchmark, stand_ins
 from tulu_study.evaluation.engines import Output, TransformersEngine
 from tulu_study.evaluation.runner import evaluate, read_predictions
-from tulu_study.evaluation.stand_ins import Judge, half, in_words
+from tulu_study.evaluation.stand_ins import Judge, half
 
 MODEL = {"model": "tiny-none", "base_model": "tiny", "training_data": "none", "size": "tiny"}
 QUESTIONS = [f"Does spoon {i} dream?" for i in range(12)]
@@ -163,7 +163,7 @@ def test_truthfulqa_generation_with_stand_ins(checkpoint, sources, engine, tmp_p
     assert engine[0]["stop"] == [] and engine[0]["max_new_tokens"] == 50 and engine[0]["prompts"][0].endswith("dream?\n<|assistant|>\n")
     assert [(row["answer"], row["score"]) for row in rows[:3]] == [("No, it cannot.", 1.0), ("Nobody knows.", 0.0), ("No, it cannot.", 1.0)]
     assert score["value"] == pytest.approx(200 / 3) and score["measures"]["true"]["value"] == 100.0 and set(score["stand_in"]["auc"]) == {"truth", "info"}
-    assert "truth 1.00, info 1.00" in in_words(score["stand_in"])
+    assert score["stand_in"]["words"] == "truth and info stand-ins, held-out AUC 1.00 and 1.00"
 
 
 def test_fixed_gives_the_chat_its_cue(sources):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Judge', 'judged', 'judge_folder', 'half', 'TextClassifier', 'nearness', 'StandIn', 'measure', 'stand_in_facts',
-           'in_words', 'choose_judges']
+           'choose_judges']
 
 # %% ../../nbs/evaluation/10_stand_ins.ipynb #cd3d02bb
 import hashlib
@@ -161,27 +161,20 @@ def measure(
     of_both = lambda value: round(sum(value(said, yes) for said, yes in halves) / 2, 4)
     return {"auc": of_both(roc_auc_score), "accuracy": of_both(lambda said, yes: float(((yes >= 0.5) == said).mean())), "always": of_both(lambda said, _: float(max(said.mean(), 1 - said.mean())))}
 
-# %% ../../nbs/evaluation/10_stand_ins.ipynb #a74141df
+# %% ../../nbs/evaluation/10_stand_ins.ipynb #a681f53e
 def stand_in_facts(
     judges: dict,  # name -> Judge
-) -> dict | None:  # name, auc, accuracy, always, trained_on, n; by judge where there are several; None without stand-ins
+) -> dict | None:  # name, auc, accuracy, always, trained_on, n, words; by judge where there are several; None without stand-ins
     "What a score stores about its stand-ins. Raises ValueError where real judges and stand-ins are mixed."
     facts = {name: judge.stand_in for name, judge in judges.items() if judge.stand_in}
     if not facts: return None
     if len(facts) < len(judges): raise ValueError(f"{', '.join(facts)}: judged by a stand-in, the rest by published models; a score has one kind of judge")
-    if len(facts) == 1: return next(iter(facts.values()))
-    keys = [key for key in next(iter(facts.values())) if key != "name"]
-    both = {key: {name: each[key] for name, each in facts.items()} for key in keys}
+    aucs = " and ".join(f"{each['auc']:.2f}" for each in facts.values())
+    words = {"words": f"{' and '.join(facts)} stand-in{'s' * (len(facts) > 1)}, held-out AUC {aucs}"}
+    if len(facts) == 1: return next(iter(facts.values())) | words
+    both = {key: {name: each[key] for name, each in facts.items()} for key in next(iter(facts.values())) if key != "name"}
     if "why" in both: both["why"] = next(iter(both["why"].values()))   # the same for all: one missing judge replaces them all
-    return {"name": " and ".join(each["name"] for each in facts.values())} | both
-
-def in_words(
-    stand_in: dict | None,  # as stored with a score
-) -> str:  # "" without a stand-in
-    "Name and AUC of a score's stand-in, in one line."
-    if not stand_in: return ""
-    auc = stand_in["auc"]
-    return f"{stand_in['name']}, held-out AUC " + (", ".join(f"{name} {value:.2f}" for name, value in auc.items()) if isinstance(auc, dict) else f"{auc:.2f}")
+    return {"name": " and ".join(each["name"] for each in facts.values())} | both | words
 
 # %% ../../nbs/evaluation/10_stand_ins.ipynb #0d183a45
 def choose_judges(
