@@ -74,17 +74,17 @@ def _rank(env, function, args):
 
 @pytest.fixture(scope="module")
 def fork(place):
-    "fork(function, *args, ranks=1): call it in as many processes as there are ranks, in a trainer's environment."
+    "fork(function, *args, ranks=1, status=0): call it in as many processes as there are ranks, in a trainer's environment, and expect their exit status."
     os.environ.update({k: v for k, v in environment_for(settings(place, "x"), direct=True).items() if k in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
 
-    def run(function, *args, ranks=1):
+    def run(function, *args, ranks=1, status=0):
         env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks)}
         processes = [context.Process(target=_rank, args=({**env, "RANK": str(r), "LOCAL_RANK": str(r)}, function, args)) for r in range(ranks)]
         for process in processes: process.start()
         for process in processes: process.join(120)
-        assert [process.exitcode for process in processes] == [0] * ranks
+        assert [process.exitcode for process in processes] == [status] * ranks
     return run
 
 

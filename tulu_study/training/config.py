@@ -1,15 +1,26 @@
 "What one fine-tuning needs to know: checked before anything starts, handed to every rank as a JSON file."
-import json
-from dataclasses import asdict, dataclass, fields
+import importlib.util, json, os
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-PLACES = ("base_dir", "data_file", "out_dir", "threads")   # where and how fast, not what: no part of the result
+PLACES = ("base_dir", "data_file", "out_dir", "threads", "save_minutes", "save_steps", "report_to")   # where, how fast and who watches, not what: no part of the result
+INTERRUPTED = 75                                           # exit status of a training that was asked to stop, and did after saving its state
+WATCHERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}   # what report_to may name -> packages of which one is needed
 
 MARK = "tulu_study:"   # begins every line of a rank that the launcher shows
 
 
 class TrainingError(RuntimeError):
     "A fine-tuning that cannot start or did not end well; says what was found and which setting to change."
+
+
+class TrainingInterrupted(TrainingError):
+    "A fine-tuning that was asked to stop (SIGTERM, SIGUSR1) and saved its state: the same command continues it."
+
+
+def _minutes(text: str):   # a number, or the text itself, which the configuration then refuses
+    try: return float(text)
+    except ValueError: return text
 
 
 @dataclass
@@ -42,9 +53,13 @@ class FinetuneConfig:
     # token: every supervised token of an optimiser step weighs the same, however the step is split into micro-batches.
     # microbatch: the reference's mean of micro-batch means, in which the split changes the result.
     loss: str = "token"
+    lora: dict = field(default_factory=dict)   # low-rank adaptation, see core.params.Lora; {} = all weights are trained
     protocol: str = "paper"              # paper or fixed: how a new embedding row is filled
     seed: int = 42                       # of sampling, order, dropout and new embedding rows
     threads: int = 1                     # compute threads per rank
+    save_minutes: float = field(default_factory=lambda: _minutes(os.environ.get("TULU_SAVE_MINUTES", "15")))   # between two states on disk, 0 = only when asked to stop
+    save_steps: int = 0                  # a state every so many optimiser steps as well, 0 = by the clock alone
+    report_to: str = field(default_factory=lambda: os.environ.get("TULU_REPORT_TO") or "none")   # none, tensorboard, wandb, or both with a comma
 
     def __post_init__(self):
         problems = list(self.problems())
@@ -62,11 +77,23 @@ class FinetuneConfig:
         if self.offload == "all" and self.zero_stage != 3: yield f"offload: found 'all' with zero_stage {self.zero_stage}; parameters can be offloaded under stage 3 alone: take 'optimizer', or zero_stage 3"
         if self.offload == "optimizer" and self.zero_stage == 0: yield "offload: found 'optimizer' with zero_stage 0; take a stage of 1 or more"
         if self.limit < 0: yield f"limit: found {self.limit}, expected 0 (all) or a number of conversations"
+        if not isinstance(self.save_minutes, (int, float)) or not self.save_minutes >= 0: yield f"save_minutes (TULU_SAVE_MINUTES): found {self.save_minutes!r}, expected minutes between two saved states, or 0 for none"
+        if self.save_steps < 0: yield f"save_steps: found {self.save_steps}, expected 0 (by the clock alone) or a number of optimiser steps"
+        for name in self.watchers:
+            if name not in WATCHERS: yield f"report_to (TULU_REPORT_TO): found {name!r}, expected none, {', '.join(WATCHERS)}, or several with a comma"
+            elif not any(importlib.util.find_spec(package) for package in WATCHERS[name]): yield f"report_to (TULU_REPORT_TO): found {name!r}, which is not installed: pip install {WATCHERS[name][0]}, or take none"
+        if self.lora:
+            from .lora import lora_problems
+            yield from lora_problems(self)
         together = self.micro_batch_size * self.ranks
         if together > 0 and self.batch_size % together:
             below, above = self.batch_size // together * together, -(-self.batch_size // together) * together
             yield (f"batch_size: found {self.batch_size}, expected a multiple of micro_batch_size {self.micro_batch_size} x ranks {self.ranks} = {together}: "
                    f"take {' or '.join(str(n) for n in (below, above) if n)}, or another micro_batch_size")
+
+    @property
+    def watchers(self) -> list[str]:  # who gets the loss besides the log
+        return [name for name in (part.strip() for part in self.report_to.split(",")) if name not in ("", "none")]
 
     @property
     def accumulation(self) -> int:  # micro-batches per rank and optimiser step, without packing

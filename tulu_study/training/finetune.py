@@ -3,19 +3,21 @@
 `tulu_study.training.launch` starts it. It is `transformers.Trainer` with DeepSpeed ZeRO; ours are the order of the data, its packing, the choice of the loss's
 denominator, the optimiser's groups and schedule (those of the reference), the log, and the numbers that the saved checkpoint is checked against.
 """
-import json, math, os, random, shutil, sys, time
+import functools, json, math, os, random, shutil, signal, statistics, sys, time
 from pathlib import Path
 
 from tulu_study.core.files import read_jsonl, write_atomic
 from tulu_study.core.process import die_with_parent
-from .config import MARK, FinetuneConfig, TrainingError
+from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded, encode_all
+from .lora import adapter_weights, merge
 from .packing import best_fit, flatten, register_segments, spread, supervised, token_weights, waste, weighted_loss
+from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, remove, state_root, write_state
 from .schedule import schedule, total_steps, warmup_steps
 from .tokenizers import _gathered, grow_embeddings, load_tokenizer
 
 PRODUCTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-            "chat_template.jinja", "README.md", "training_log.jsonl", "sample.json", "trained.json", "verification.json", "seconds.json")
+            "chat_template.jinja", "README.md", "adapter", "training_log.jsonl", "sample.json", "trained.json", "verification.json", "seconds.json")
 
 
 def say(text: str) -> None:
@@ -118,6 +120,12 @@ class PackOrder(EpochOrder):
     def __iter__(self): return self.packs(self.epoch)
 
 
+def step_ids(config: FinetuneConfig, encoded: Encoded, sampler: EpochOrder, step: int) -> list[str]:
+    "Ids of the conversations of an optimiser step, counted from 1."
+    epoch, index = divmod(step - 1, math.ceil(len(encoded.rows) / config.batch_size))
+    return [encoded.ids[i] for i in sampler.order(epoch)[index * config.batch_size:(index + 1) * config.batch_size]]
+
+
 def layout(config: FinetuneConfig, encoded: Encoded) -> tuple[EpochOrder, int, dict]:
     "The sampler, the forward passes per rank and optimiser step, and what they compute in vain (the first epoch's; the others hardly differ)."
     if config.packing:
@@ -143,7 +151,8 @@ def deepspeed_config(config: FinetuneConfig, cuda: bool, accumulation: int | Non
     rows, accumulation = 1 if config.packing else config.micro_batch_size, accumulation or config.accumulation   # a pack is one row
     return {"bf16": {"enabled": config.precision == "bf16"}, "zero_optimization": zero, "gradient_clipping": 1.0, "steps_per_print": 10**9,
             "train_batch_size": rows * accumulation * config.ranks, "train_micro_batch_size_per_gpu": rows,
-            "gradient_accumulation_steps": accumulation, "wall_clock_breakdown": False}
+            "gradient_accumulation_steps": accumulation, "wall_clock_breakdown": False,
+            **({"zero_force_ds_cpu_optimizer": cuda} if config.offload != "none" else {})}   # without a GPU everything is in the host's memory, and torch's AdamW needs no compiler
 
 
 def join_ranks(cuda: bool) -> None:
@@ -162,8 +171,8 @@ def training_arguments(config: FinetuneConfig, cuda: bool, accumulation: int | N
     return TrainingArguments(
         output_dir=config.out_dir, per_device_train_batch_size=1 if config.packing else config.micro_batch_size, gradient_accumulation_steps=accumulation or config.accumulation,
         num_train_epochs=config.epochs, learning_rate=config.learning_rate, weight_decay=config.weight_decay, adam_beta1=0.9, adam_beta2=0.999,
-        adam_epsilon=1e-8, max_grad_norm=1.0, bf16=config.precision == "bf16", deepspeed=deepspeed_config(config, cuda, accumulation), use_cpu=not cuda,
-        seed=config.seed, data_seed=config.seed, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        adam_epsilon=1e-8, max_grad_norm=1.0, bf16=config.precision == "bf16", deepspeed=None if config.lora.get("qlora") else deepspeed_config(config, cuda, accumulation), use_cpu=not cuda,
+        seed=config.seed, data_seed=config.seed, report_to=config.watchers or "none", run_name=config.model or Path(config.out_dir).name, save_strategy="no", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=cuda, average_tokens_across_devices=True, **checkpointing)
 
 
@@ -175,10 +184,29 @@ def parameter_groups(model, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: Encoded, sampler: EpochOrder, log: Path):
-    "Put the Trainer together."
+ASKED = {"stop": False}   # set by a signal, looked at after every optimiser step
+
+
+def stop_when_asked() -> None:
+    "Let SIGTERM and SIGUSR1 (a queue's pre-emption) end the training after the optimiser step that it is in, with its state saved."
+    def ask(*_): ASKED["stop"] = True
+    ASKED["stop"] = False
+    for one in (signal.SIGTERM, signal.SIGUSR1): signal.signal(one, ask)
+
+
+def make_optimizer(config: FinetuneConfig, model):
+    "AdamW with the reference's groups; DeepSpeed's own where a GPU's optimiser lies in the host's memory, because torch's is many times slower there."
     import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
+    make = functools.partial(torch.optim.AdamW, parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    if config.offload == "none" or not torch.cuda.is_available(): return make()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    return DeepSpeedCPUAdam(*make.args, **make.keywords, adamw_mode=True)
+
+
+def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: Encoded, sampler: EpochOrder, log: Path, resumed: Path | None = None, whose=None):
+    "Put the Trainer together. `resumed` is the state that it continues from, `whose` gives the identity under which it saves new ones."
+    import torch
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback
 
     class StudyTrainer(Trainer):
         "Trainer with the study's order, optimiser, schedule and loss."
@@ -186,13 +214,13 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             super().__init__(*args, **kwargs)
             if config.packing: self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False   # the weights are those of the whole step
             elif config.loss == "microbatch": self.model_accepts_loss_kwargs = False   # the Trainer then averages micro-batch means
-            self.window = torch.zeros(4, dtype=torch.float64)                        # loss, micro-batches, tokens, supervised tokens
+            self.window = torch.zeros(6, dtype=torch.float64)                        # loss, micro-batches, tokens, supervised tokens, ranks that want to save, that were asked to stop
+            self.interrupted, self.seconds, self.step_seconds = False, 0.0, []
 
         def _get_train_sampler(self, *_): return sampler
 
         def create_optimizer(self, *_):
-            if self.optimizer is None:
-                self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+            if self.optimizer is None: self.optimizer = make_optimizer(config, self.model)
             return self.optimizer
 
         def create_scheduler(self, num_training_steps, optimizer=None):
@@ -206,18 +234,19 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             real = (inputs["labels"] != IGNORED).any(dim=1, keepdim=True)   # not a padding row
             counts = [1.0, (inputs["attention_mask"] * real).sum().item(), (inputs["labels"][:, 1:] != IGNORED).sum().item()]
-            self.window += torch.tensor([loss.detach().float().item(), *counts], dtype=torch.float64)
+            self.window[:4] += torch.tensor([loss.detach().float().item(), *counts], dtype=torch.float64)
             return loss
 
         def packed_loss(self, model, inputs):
             "The pack's share of the step's loss, times the ranks because gradients are averaged over them."
             targets, of, weights, *counts = (inputs.pop(name) for name in ("targets", "of", "weights", "tokens", "supervised"))
             loss = weighted_loss(model(**inputs, use_cache=False).logits, targets, of, weights) * config.ranks   # with a cache the boundaries would be lost
-            self.window += torch.tensor([loss.detach().item(), 1.0, *counts], dtype=torch.float64)
+            self.window[:4] += torch.tensor([loss.detach().item(), 1.0, *counts], dtype=torch.float64)
             return loss
 
-        def take_window(self) -> list[float]:
-            "Sums of the step over all ranks; clears them."
+        def take_window(self, want_save: bool, want_stop: bool) -> list[float]:
+            "Sums of the step over all ranks; clears them. What one rank wants, all learn at the same step."
+            self.window[4:] = torch.tensor([want_save, want_stop], dtype=torch.float64)
             total = self.window.clone()
             if config.ranks > 1:
                 device = total.to(self.args.device)
@@ -226,29 +255,65 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             self.window.zero_()
             return total.tolist()
 
+        def save_state(self) -> str:
+            "Write everything that continuing needs; returns why it could not."
+            step = self.state.global_step
+            def parts(folder, problems, first):
+                if self.is_deepspeed_enabled:
+                    with collected(self.model_wrapped, problems):
+                        self.model_wrapped.save_checkpoint(str(folder), tag=f"global_step{step}", save_latest=False, exclude_frozen_parameters=hasattr(self.model, "peft_config"))
+                else:
+                    attempt(problems, lambda: self.save_model(str(folder), _internal_call=True))
+                    attempt(problems, lambda: self._save_optimizer_and_scheduler(str(folder)))
+                attempt(problems, lambda: self._save_rng_state(str(folder)))
+                if not first: return
+                if self.is_deepspeed_enabled:
+                    attempt(problems, lambda: (folder / "latest").write_text(f"global_step{step}"))
+                    attempt(problems, lambda: torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt"))
+                attempt(problems, lambda: self.state.save_to_json(str(folder / "trainer_state.json")))
+                attempt(problems, lambda: shutil.copyfile(log, folder / log.name))
+            return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds}, parts, self.args.process_index, config.ranks, f"global_step{step}")
+
     class Log(TrainerCallback):
         "One row per optimiser step in training_log.jsonl, and a line for people now and then."
         def on_train_begin(self, args, state, control, **_):
             self.begun = self.last = time.monotonic()
-            self.shown = 0.0
-            self.file = open(log, "w", encoding="utf-8") if args.process_index == 0 else None
-            say(f"training: {state.max_steps} steps of {config.batch_size} conversations, {len(encoded.rows)} in all, {config.ranks} rank(s), ZeRO {config.zero_stage}, {config.precision}")
+            self.shown, self.at, self.clock, self.earlier = 0.0, state.global_step, Clock(config.save_minutes, config.save_steps), trainer.seconds
+            self.file = None
+            if args.process_index == 0:
+                log.write_text((resumed / log.name).read_text(encoding="utf-8") if resumed else "", encoding="utf-8")
+                self.file = open(log, "a", encoding="utf-8")
+            say(f"training: {state.max_steps} steps of {config.batch_size} conversations, {len(encoded.rows)} in all, {config.ranks} rank(s), ZeRO {config.zero_stage}, {config.precision}"
+                + (f", from step {self.at} on" if resumed else ""))
+
+        def on_epoch_begin(self, args, state, control, **_):
+            sampler.set_epoch(state.global_step // math.ceil(len(encoded.rows) / config.batch_size))   # the skipping data loader of a resumed run does not pass it on
 
         def on_step_begin(self, args, state, control, optimizer=None, **_):
             self.rate = trainer.optimizer.param_groups[0]["lr"]
 
         def on_step_end(self, args, state, control, **_):
-            summed, batches, tokens, supervised = trainer.take_window()
+            step = state.global_step
+            summed, batches, tokens, supervised, want_save, want_stop = trainer.take_window(args.process_index == 0 and self.clock.due(step), ASKED["stop"])
             loss, now = summed / (config.ranks if config.packing or config.loss == "token" else batches), time.monotonic()
-            row = {"step": state.global_step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised), "seconds": round(now - self.last, 4)}
-            self.last = now
+            took, self.last, trainer.seconds = now - self.last, now, self.earlier + now - self.begun
+            trainer.step_seconds.append(took)
             if self.file:
-                self.file.write(json.dumps(row) + "\n")
+                self.file.write(json.dumps({"step": step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised)}) + "\n")
                 self.file.flush()
-            if not math.isfinite(loss): raise TrainingError(f"the loss became {loss} at step {state.global_step}: lower learning_rate (now {config.learning_rate:g}), raise warmup_ratio (now {config.warmup_ratio:g}), or use precision fp32 (now {config.precision})")
-            if now - self.shown > 5 or state.global_step in (1, state.max_steps):
+            if not math.isfinite(loss): raise TrainingError(not_finite(config, f"the loss became {loss} at step {step}", step_ids(config, encoded, sampler, step)))
+            if config.watchers: trainer.log({"loss": loss, "learning_rate": self.rate, "tokens_per_second": tokens / max(took, 1e-9)})
+            if now - self.shown > 5 or step in (self.at + 1, state.max_steps):
                 self.shown = now
-                say(f"step {state.global_step}/{state.max_steps}  loss {loss:.4f}  rate {self.rate:.2e}  {tokens / max(row['seconds'], 1e-9):,.0f} tokens/s  {now - self.begun:.0f} s")
+                left = (state.max_steps - step) * (now - self.begun) / (step - self.at)
+                say(f"step {step}/{state.max_steps}  loss {loss:.4f}  rate {self.rate:.2e}  {tokens / max(took, 1e-9):,.0f} tokens/s  {clock_text(now - self.begun)} passed  {clock_text(left)} left")
+            if want_save or want_stop: self.save(step, want_stop, control)
+
+        def save(self, step, stopping, control):
+            why = trainer.save_state()
+            self.clock.saved()
+            if why: say(f"warning: the state of step {step} was not saved ({why}): free some space or move the results root (TULU_RESULTS); training goes on, {kept_text(config)}")
+            if stopping: trainer.interrupted = control.should_training_stop = True
 
         def on_train_end(self, args, state, control, **_):
             if self.file: self.file.close()
@@ -256,18 +321,38 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
     rows, collate = Rows(encoded.rows, tokenizer.pad_token_id), DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORED)
     if config.packing: rows, collate = Packs(encoded.rows), lambda packs: flatten(packs[0], tokenizer.pad_token_id)
     trainer = StudyTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, data_collator=collate, callbacks=[Log()])
+    trainer.remove_callback(PrinterCallback)   # it would print every row that goes to TensorBoard
     return trainer
+
+
+def clock_text(seconds: float) -> str:   # e.g. "1 h 05 min", "4 min 10 s", "12 s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def kept_text(config: FinetuneConfig) -> str:
+    "What a restart would continue from."
+    states = finished_states(state_root(config.out_dir))
+    return f"the same command would continue from step {int(states[0].name.removeprefix('step-'))}" if states else "the same command would start anew"
+
+
+def not_finite(config: FinetuneConfig, what: str, ids: list[str]) -> str:
+    "The message for numbers that are none."
+    named = ", ".join(ids[:4]) + (f" and {len(ids) - 4} more" if len(ids) > 4 else "")
+    return (f"{what}: lower learning_rate (now {config.learning_rate:g}), raise warmup_ratio (now {config.warmup_ratio:g}), or use precision fp32 (now {config.precision})"
+            + (f"; or look at the data of that step, {config.data or Path(config.data_file).name}: {named}" if ids else ""))
 
 
 def load_model(config: FinetuneConfig, n_tokens: int):
     "The base model in float32 (the library's default would be the checkpoint's type), with rows for new tokens, its cache off."
     import torch
     from transformers import AutoModelForCausalLM
-    attention = {"attn_implementation": register_segments()} if config.packing else {}
-    model = AutoModelForCausalLM.from_pretrained(config.base_dir, dtype=torch.float32, **attention)
+    from . import lora
+    options = {"dtype": torch.float32} | ({"attn_implementation": register_segments()} if config.packing else {}) | lora.quantised(config)
+    model = AutoModelForCausalLM.from_pretrained(config.base_dir, **options)
     grown = grow_embeddings(model, n_tokens, config.protocol, config.seed)
     model.config.use_cache = False
-    return model, grown
+    return lora.wrap(model, config) if config.lora else model, grown
 
 
 def tensor_norms(model) -> dict:
@@ -282,8 +367,14 @@ def tensor_norms(model) -> dict:
 def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None:
     "Write the checkpoint as an ordinary Hugging Face folder, and the numbers to check it against."
     norms = tensor_norms(model)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)   # collective under ZeRO-3; a tied output layer comes twice
+    if bad := [name for name, entry in norms.items() if not math.isfinite(entry["norm"])]:
+        raise TrainingError(not_finite(config, f"the last step left {len(bad)} of {len(norms)} weights without a value ({bad[0]})", []))
+    if config.lora: state = adapter_weights(model)
+    else: state = trainer.accelerator.get_state_dict(trainer.model_wrapped)   # collective under ZeRO-3; a tied output layer comes twice
     if int(os.environ.get("RANK", 0)): return
+    if config.lora:
+        model, adapter = merge(config, state, len(tokenizer))
+        facts, norms, state = facts | {"adapter": adapter}, tensor_norms(model), model.state_dict()
     once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     state = {name: tensor for name, tensor in state.items() if name in once}
     out = Path(config.out_dir)
@@ -317,8 +408,9 @@ def explain(error: BaseException, config: FinetuneConfig) -> str:
     if isinstance(error, MemoryError) or "out of memory" in low or "can't allocate memory" in low or "not enough memory" in low:
         return (f"out of memory: lower micro_batch_size (now {config.micro_batch_size}) or max_seq_length (now {config.max_seq_length}), set gradient_checkpointing, "
                 f"or spread the model over more ranks with zero_stage 3 (now {config.ranks} rank(s), stage {config.zero_stage}). {text.splitlines()[0][:300]}")
-    if getattr(error, "errno", None) == 28 or "no space left" in low:
-        return f"the disk is full: free some space, or move the results root ([roots] results in settings.ini, TULU_RESULTS); {config.out_dir} is incomplete and will be made again. {text.splitlines()[0][:200]}"
+    if getattr(error, "errno", None) in (27, 28, 122) or any(sign in low for sign in ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed")):
+        return (f"the disk is full (or a file larger than allowed): free some space, or move the results root ([roots] results in settings.ini, TULU_RESULTS); {config.out_dir} is incomplete and will be made again, "
+                f"{kept_text(config)}. {text.splitlines()[0][:200]}")
     return text
 
 
@@ -335,7 +427,23 @@ def skip_unused_libraries() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def train(config: FinetuneConfig) -> None:
+def memory(peak: bool) -> int:
+    "Bytes that this process holds, or held at most since the last look: of the GPU, else of the host."
+    import torch
+    if torch.cuda.is_available():
+        if not peak: torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    try:
+        if not peak: Path("/proc/self/clear_refs").write_text("5")   # forget the peak of loading
+    except OSError: pass
+    try: fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    except OSError:
+        import psutil
+        return psutil.Process().memory_info().rss
+    return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+
+
+def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted training
     "Fine-tune, save and verify: what every rank does."
     begun = time.monotonic()
     skip_unused_libraries()
@@ -356,34 +464,54 @@ def train(config: FinetuneConfig) -> None:
         f"{idle['padding_share']:.1%} of the positions are padding, {idle['attention_waste']:.1%} of the attention is wasted")
     arguments = training_arguments(config, cuda, accumulation)
     model, grown = load_model(config, len(tokenizer))
-    trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl")
-    ready = time.monotonic()
-    trainer.train()
-    trained = time.monotonic()
+    rank = int(os.environ.get("RANK", 0))
+    whose = functools.cache(lambda: identity(config, encoded.rows))
+    resumed, record = choose(state_root(out), whose, rank, config.ranks, say)
+    trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl", resumed, whose)
+    if resumed:
+        trainer.seconds = record["seconds"]
+        say(f"continuing from the state of step {record['step']}")
+    ready, start_bytes = time.monotonic(), memory(peak=False)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    trained, peak_bytes = time.monotonic(), memory(peak=True)
+    if trainer.interrupted:
+        if first: print(MARK, f"interrupted: asked to stop after step {trainer.state.global_step} of {trainer.state.max_steps}; {kept_text(config)}", flush=True)
+        leave()
+        return INTERRUPTED
     expected = total_steps(len(encoded.rows), config.batch_size, config.epochs)
     if trainer.state.global_step != expected: raise TrainingError(f"the trainer made {trainer.state.global_step} steps, expected {expected}: please report this")
     facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "unmasked": len(encoded.unmasked), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
              "steps": expected, "forward_passes_per_step": accumulation * config.ranks, **idle, "embedding_rows_added": grown}
     save(config, trainer, model, tokenizer, facts)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    (start_bytes, peak_bytes), training = map(max, zip(*gathered((start_bytes, peak_bytes)))), trainer.seconds   # of the rank that holds most
+    leave()
     if first:
         from .verification import verify
         write_atomic(out / "sample.json", json.dumps({"limit": config.limit, "seed": config.seed, "datasets": drawn, "dropped": encoded.dropped, "unmasked": encoded.unmasked}, indent=1))
         unset_hf_deepspeed_config()
         saved = time.monotonic()
         verify(out)
-        seconds = {"starting": ready - begun, "training": trained - ready, "saving": saved - trained, "verifying": time.monotonic() - saved}
-        write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in seconds.items()}))
+        seconds = {"starting": ready - begun, "training": training, "saving": saved - trained, "verifying": time.monotonic() - saved}
+        more = {"step": round(statistics.median(trainer.step_seconds or [0.0]), 4), "start_bytes": start_bytes, "peak_bytes": peak_bytes}
+        write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in seconds.items()} | more))
+        remove(state_root(out))
         say("seconds: " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
 
 
-def main(path: str) -> int:  # exit status
+def leave() -> None:
+    "Wait for the other ranks and close the process group."
+    from torch import distributed
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def main(path: str) -> int:  # exit status: 0, 1 after a failure, INTERRUPTED when asked to stop
     "Run one rank; the last line of a failure says what to do."
     die_with_parent()
+    stop_when_asked()
     config = FinetuneConfig.load(path)
-    try: train(config)
+    try: status = train(config)
     except BaseException as error:
         import traceback
         traceback.print_exc()
@@ -391,7 +519,7 @@ def main(path: str) -> int:  # exit status
         sys.stdout.flush()
         os._exit(1)   # a rank that fails must not wait for the others
     sys.stdout.flush()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

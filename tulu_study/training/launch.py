@@ -1,10 +1,11 @@
 "Start the ranks of a fine-tuning, show their progress, end them with this process, and return when the checkpoint has been verified."
-import collections, json, os, signal, socket, subprocess, sys, tempfile
+import collections, contextlib, json, os, signal, socket, subprocess, sys, tempfile, threading
 from pathlib import Path
 
 from tulu_study.core.process import start_child
-from .config import MARK, FinetuneConfig, TrainingError
+from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
 
+PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
 
 
 def command_for(
@@ -15,13 +16,14 @@ def command_for(
     "The command that trains. One rank needs no launcher (two seconds saved): it gets torchrun's environment variables."
     trainer = ["-m", "tulu_study.training.finetune", str(settings_file)]
     if launcher == "direct" or launcher == "auto" and config.ranks == 1: return [sys.executable, *trainer]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}", *trainer]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}", f"--shutdown-timeout={PATIENCE}", *trainer]
 
 
 def environment_for(config: FinetuneConfig, direct: bool) -> dict:
     "Threads pinned, the CPU named where there is no GPU, and for a single rank what torchrun would set."
     env = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-           "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "DS_DISABLE_CONFIG_PRINT": "true"}
+           "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "DS_DISABLE_CONFIG_PRINT": "true",
+           "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}   # torchrun passes them on
     if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists(): env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}   # waiting threads leave the core to others
     else: env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     root = str(Path(__file__).resolve().parents[2])
@@ -48,11 +50,13 @@ def launch(
         command = command_for(config, config.save(Path(folder) / "settings.json"), launcher)
         env = environment_for(config, direct="torch.distributed.run" not in command)
         process = start_child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        try: said, last = _follow(process, echo)
+        try:
+            with _signals_to(process): said, last, stopped = _follow(process, echo)
         except BaseException:
             _end(process)
             raise
     checks = Path(config.out_dir) / "verification.json"
+    if stopped: raise TrainingInterrupted(f"fine-tuning {config.model or config.data or Path(config.out_dir).name} was {stopped}")
     if process.returncode or not checks.exists(): raise TrainingError(_why(process.returncode, said, last, config))
     return json.loads(checks.read_text())
 
@@ -67,24 +71,38 @@ def _check_places(config: FinetuneConfig) -> None:
     clear(out)
 
 
-def _follow(process: subprocess.Popen, echo) -> tuple[list[str], list[str]]:
-    "Show the trainer's own lines as they come; keep the reasons it gives and the last lines of everything else."
-    said, last = [], collections.deque(maxlen=25)
+@contextlib.contextmanager
+def _signals_to(process: subprocess.Popen):
+    "Hand SIGTERM and SIGUSR1 on to the trainer and go on waiting: it saves its state and leaves by itself."
+    if threading.current_thread() is not threading.main_thread():   # Python allows handlers in the main thread alone
+        yield
+        return
+    hand_on = lambda *_: process.send_signal(signal.SIGTERM)
+    before = {one: signal.signal(one, hand_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+    try: yield
+    finally:
+        for one, handler in before.items(): signal.signal(one, handler)
+
+
+def _follow(process: subprocess.Popen, echo) -> tuple[list[str], list[str], str]:
+    "Show the trainer's own lines as they come; keep the reasons it gives, the last lines of everything else, and what it says when it stopped because it was asked to."
+    said, last, stopped = [], collections.deque(maxlen=25), ""
     for line in process.stdout:
         line = line.rstrip()
         at = line.find(MARK)
         if at < 0: last.append(line) if line.strip() else None
         elif (text := line[at + len(MARK):].strip()).startswith("error:"): said.append(text.removeprefix("error:").strip())
+        elif text.startswith("interrupted:"): stopped = text
         else: echo(text)
     process.wait()
-    return said, list(last)
+    return said, list(last), stopped
 
 
 def _end(process: subprocess.Popen) -> None:
     "Stop the trainer, gently first."
     for stop in (process.terminate, process.kill):
         stop()
-        try: return process.wait(timeout=10) and None
+        try: return process.wait(timeout=60) and None   # a step and a state
         except subprocess.TimeoutExpired: continue
 
 
