@@ -75,7 +75,7 @@ def dataset_record(
                            f"{', '.join(converters())}. Add one: a notebook in nbs/data with a function under @converter({record.key!r})")
     return record
 
-# %% ../../nbs/data/02_conversion.ipynb #7908eaf7
+# %% ../../nbs/data/02_conversion.ipynb #846faef8
 @dataclass
 class Raw:
     "The raw files of one dataset, and the account of what was read from them."
@@ -93,9 +93,13 @@ class Raw:
         "File names in the record's order."
         return list(self.paths)
 
+    def watched(self, records, title: str):
+        "The same records, with a progress bar."
+        return tqdm(records, desc=title, unit=" records", leave=False)
+
     def items(self, file: str, read):
         "Yield `read(value)` of every record of a file that can be read; account for the others."
-        for raw in tqdm(read_records(self.paths[file], file), desc=f"{self.record.key}: {file}", unit=" records", leave=False):
+        for raw in self.watched(read_records(self.paths[file], file), f"{self.record.key}: {file}"):
             self.n_in, self.now = self.n_in + 1, raw
             if self.n_in <= BATCH or self.languages:
                 self.languages.update(_own_language(raw.value))
@@ -318,10 +322,14 @@ def _stream(
     lost.keep() if len(lost) else lost.drop()
     return tally
 
-# %% ../../nbs/data/02_conversion.ipynb #9837bd31
+# %% ../../nbs/data/02_conversion.ipynb #cedd4492
 class _Part(Raw):
     "A part of a raw file in a worker: all of it is read before the first record is laid out."
     place = None  # streams.Place
+
+    def watched(self, records, title: str):
+        "No bar in a worker: the lock of a bar that was held when the process was forked is never released."
+        return records
 
     def items(self, file: str, read):
         "Read the part, agree on where it stands, then yield what was read."
@@ -350,7 +358,8 @@ def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, out):
     task = lambda block, connection: _convert_part(raw, function, rng, protocol, options, block, connection)
     file = raw.files[0]
     with Pool(workers, task) as pool:
-        for rows, (data, counts, rejects, lost, n_in, n_records, languages) in pool.results(blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl")), rng, function.draws):
+        parts = pool.results(blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl")), rng, function.draws)
+        for rows, (data, counts, rejects, lost, n_in, n_records, languages) in tqdm(parts, desc=f"{raw.record.key}: {file}", unit=" parts", leave=False):
             out.write(data)
             add_tallies(tally, counts)
             for ledger, found in ((raw.rejects, rejects), (raw.lost, lost)):

@@ -1,0 +1,213 @@
+"""Bad raw files of every kind: collected, reported together, never a traceback and never silent; and the same result on any number of cores, in bounded memory."""
+import gzip, json, random, subprocess, sys
+
+import pytest
+
+from tulu_study.core.cells import CellError, run_cell
+from tulu_study.core.files import read_jsonl
+from tulu_study.core.params import Dataset, SourceFile
+from tulu_study.data import DatasetError, convert, converter
+from tulu_study.data import reading, streams
+from tulu_study.data.conversion import CONVERTERS
+from tulu_study.data.reading import read_items, read_lines
+from tulu_study.data.streams import json_line
+from tulu_study.data.validation import Tally, contamination, summary_of
+
+
+def alpaca(n, **more):
+    return {"instruction": f"Count to {n}. é", "input": "}, {" if n % 7 == 0 else "", "output": f"{n} " * (n % 40), **more}
+
+
+def lay(root, key, name, data):
+    path = root / "sources" / key / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return root / "sources"
+
+
+def outputs(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def lines(rows):
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+DOLLY = "databricks-dolly-15k.jsonl"
+
+
+def dolly(n):
+    return {"instruction": f"Name river {n}.", "context": "", "response": f"River {n}", "category": "qa"}
+
+
+def test_all_faults_of_a_file_are_reported_together(tmp_path):
+    huge = b'{"instruction": "' + b"x" * (50 << 20) + b'", "context": "", "response": "y"}'
+    rows = [dolly(1), b'{"cut o', {"instruction": 3, "context": "", "response": ""}, {"instruction": "x"}, b'{"a": "\xff"}', huge, dolly(2)]
+    report = convert("dolly", lay(tmp_path, "dolly", DOLLY, lines(rows)), tmp_path)
+    assert (report.n_in, report.n_records, report.n_rejected, report.n_out) == (7, 2, 5, 2)
+    assert report.reasons == {"malformed_json": 1, "wrong_type": 1, "missing_key": 1, "invalid_utf8": 1, "too_large": 1}
+    rejects = list(read_jsonl(tmp_path / "dolly" / "rejects.jsonl"))
+    assert [row["row"] for row in rejects] == [2, 3, 4, 5, 6] and all(len(row["raw"]) <= 500 for row in rejects)
+    assert "52,428" in rejects[-1]["detail"] and sum(report.reasons.values()) == report.n_rejected
+
+
+def test_a_huge_line_at_the_end_without_a_line_end(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"[" * (33 << 20))
+    assert [(row.row, row.reason) for row in read_lines(path)] == [(1, ""), (2, "too_large")]
+
+
+def test_a_truncated_gzip_of_lines_and_of_a_list(tmp_path):
+    rng = random.Random(1)
+    rows = [alpaca(n, noise=rng.random()) for n in range(3000)]
+    for name, data, read in (("a.jsonl", lines(rows), read_lines), ("a.json", json.dumps(rows).encode(), read_items)):
+        packed = gzip.compress(data)
+        (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+        *good, last = read(tmp_path / name)
+        assert last.reason == "damaged_gzip" and last.row == len(good) + 1 and 500 < len(good) < 2999
+        assert [row.value for row in good] == rows[: len(good)]
+
+
+def test_a_list_is_read_up_to_the_damage(tmp_path):
+    path, rows = tmp_path / "a.json", [alpaca(n) for n in range(20_000)]
+    text = json.dumps(rows, indent=4, ensure_ascii=False)
+    path.write_text(text)
+    assert [row.value for row in read_items(path)] == rows
+    place = text.index('"Count to 12345.')
+    for damage, reason in ((b"\xff", "invalid_utf8"), (b'" "', "malformed_json")):
+        data = text.encode()
+        at = len(text[: place + 5].encode())
+        path.write_bytes(data[:at] + damage + data[at:])
+        *good, last = read_items(path)
+        assert (last.reason, last.row, len(good)) == (reason, 12346, 12345)
+    path.write_text(text[:-2000])
+    *good, last = read_items(path)
+    assert last.reason == "malformed_json" and 19_900 < len(good) < 20_000 and "nothing after it can be read" in last.detail
+
+
+def test_an_item_without_end_is_too_large_and_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "RECORD_SIZE", 3 << 20)
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": "' + "x" * (12 << 20) + '"}]')
+    found = list(read_items(path))
+    assert [(row.row, row.reason) for row in found] == [(1, ""), (2, "too_large")] and len(found[1].raw) <= 500
+
+
+def test_roles_that_do_not_alternate_are_counted_and_named(tmp_path):
+    talks = [["user", "assistant"], ["user", "user", "assistant"], ["assistant", "user"], ["user"], ["user", "assistant"] * 2]
+    record = Dataset(key="talks", name="Talks", folder="talks", files=[SourceFile(name="t.jsonl")], licence="CC0", authors="this test")
+
+    @converter("talks")
+    def convert_talks(raw, rng, protocol):
+        for i, roles in enumerate(raw.items("t.jsonl", list)):
+            yield i, [{"role": role, "content": "hi"} for role in roles]
+
+    try:
+        report = convert(record, lay(tmp_path, "talks", "t.jsonl", lines(talks)), tmp_path)
+    finally:
+        del CONVERTERS["talks"]
+    assert report.unsound["n"] == report.validation["not_alternating"] == 3
+    assert report.unsound["first"][0].startswith("talks_1: message 1: found user, expected assistant")
+    assert report.validation["chains"] == {"user user assistant": 1, "assistant user": 1, "user": 1} and report.turns["mean"] == 1.0
+
+
+def test_the_report_counts_repeats_empty_messages_scripts_and_languages(tmp_path):
+    rows = [dolly(1), dolly(1), {**dolly(2), "response": " "}, {**dolly(3), "response": "Волга", "lang": "ru"}]
+    report = convert("dolly", lay(tmp_path, "dolly", DOLLY, lines(rows)), tmp_path)
+    found = report.validation
+    assert found["empty_messages"] == 1 and found["messages"] == 8 and found["duplicate_messages"] >= 1 and found["languages"] == {"ru": 1}
+    assert found["scripts"] == {"Latin": 6, "no letters": 1, "Cyrillic": 1}
+    assert json.loads((tmp_path / "dolly" / "report.json").read_text())["validation"] == found
+
+
+def test_overlap_with_a_benchmark_is_found_and_the_absent_ones_are_named(tmp_path):
+    question = "A farmer with nine brown hens sells two of the hens and buys five white ones, how many hens now"
+    (tmp_path / "mmlu" / "test").mkdir(parents=True)
+    (tmp_path / "mmlu" / "test" / "farm_test.csv").write_text(f'"{question}",1,2,3,4,A\n"Something else altogether that nobody ever asked before in any of the files",1,2,3,4,B\n')
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "12"}]} for text in (f"Q: {question.upper()}!", "Name a river.")]
+    found = contamination(rows, tmp_path)
+    assert found["compared"]["mmlu"] == {"conversations": 1, "examples": 1, "examples_mostly": 1, "examples_in_all": 2}
+    assert "gsm" in found["not_compared"] and "8-gram" in found["method"]
+
+
+def test_the_threshold_fails_the_cell_after_everything_is_written(tmp_path):
+    source = lay(tmp_path, "dolly", DOLLY, lines([dolly(1), b"{", b'{"a": "\xff"}', dolly(2)]))
+    with pytest.raises(CellError, match="2 of 4 raw records rejected.*malformed_json 1, invalid_utf8 1"):
+        run_cell("convert", {"dataset": "dolly", "source_root": str(source), "max_rejected": 0.2}, tmp_path / "out" / "dolly")
+    assert {"dolly_data.jsonl", "rejects.jsonl", "report.json"} <= {path.name for path in (tmp_path / "out" / "dolly").iterdir()}
+    report = json.loads((tmp_path / "out" / "dolly" / "report.json").read_text())
+    assert report["n_in"] == report["n_records"] + report["n_rejected"] == 4 and "contamination" in report["validation"]
+
+
+@pytest.mark.parametrize("protocol", ["paper", "fixed"])
+@pytest.mark.parametrize("faults", [False, True])
+@pytest.mark.parametrize("kind", ["list", "compact list", "lines"])
+def test_any_number_of_workers_gives_the_same_bytes(kind, faults, protocol, tmp_path, monkeypatch):
+    rows = [alpaca(n) for n in range(3000)]
+    if faults:
+        for n in (0, 5, 1700, 2999):
+            rows[n] = {"instruction": "x", "output": None}
+    key, name = ("dolly", DOLLY) if kind == "lines" else ("stanford_alpaca", "alpaca_data.json")
+    if kind == "lines":
+        data = lines([{"instruction": row["instruction"], "context": row.get("input", ""), "response": row["output"]} for row in rows] + ([b"{", b"\xff"] if faults else []))
+    else:
+        data = json.dumps(rows, **({"indent": 4} if kind == "list" else {"separators": (",", ":")})).encode()
+    source = lay(tmp_path, key, name, data)
+    monkeypatch.setattr(streams, "BLOCK", 20_000)
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (20_000,))
+    made = {workers: (convert(key, source, tmp_path / str(workers), protocol, workers=workers), outputs(tmp_path / str(workers) / key)) for workers in (1, 2, 3)}
+    assert made[1][1] == made[2][1] == made[3][1] and set(made[1][1]) == {f"{key}_data.jsonl", "rejects.jsonl", "report.json"}
+    assert made[1][0].n_rejected == (4 + 2 * (kind == "lines") if faults else 0) and made[2][0] == made[1][0]
+
+
+def test_a_damaged_list_falls_back_to_one_piece(tmp_path, monkeypatch):
+    data = json.dumps([alpaca(n) for n in range(2000)]).encode()
+    source = lay(tmp_path, "stanford_alpaca", "alpaca_data.json", data[:100_000])
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (20_000,))
+    made = [(convert("stanford_alpaca", source, tmp_path / str(workers), workers=workers), outputs(tmp_path / str(workers) / "stanford_alpaca")) for workers in (1, 2)]
+    assert made[0] == made[1] and made[0][0].reasons == {"malformed_json": 1}
+
+
+def test_a_false_promise_is_an_error(tmp_path, monkeypatch):
+    whole = CONVERTERS["dolly"] if "dolly" in CONVERTERS else None
+    source = lay(tmp_path, "dolly", DOLLY, lines([dolly(n) for n in range(500)]))
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (5_000,))
+
+    @converter("dolly", draws=2)
+    def draws_once(raw, rng, protocol):
+        for i, _ in enumerate(raw.items(DOLLY, str)):
+            yield i, [{"role": "user", "content": str(rng.random())}, {"role": "assistant", "content": "x"}]
+
+    try:
+        with pytest.raises(DatasetError, match="promises draws=2"):
+            convert("dolly", source, tmp_path, workers=2)
+    finally:
+        CONVERTERS["dolly"] = whole
+        if whole is None:
+            del CONVERTERS["dolly"]
+    assert not (tmp_path / "dolly").exists() or not list((tmp_path / "dolly").iterdir())
+
+
+@pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "é\u2028\ud83d\ude00\"\\\n"}], [{"content": "b", "role": "user"}], [{"role": "bot", "content": "x"}],
+                                      [{"role": "user", "content": None}], [{"role": "user", "content": "x", "weight": 1}], [{"role": "system", "content": ""}, {"role": "assistant", "content": "\x00"}]])
+def test_a_line_is_what_json_would_write(messages):
+    assert json_line("dolly", "dolly_é", messages) == json.dumps({"dataset": "dolly", "id": "dolly_é", "messages": messages}) + "\n"
+
+
+def test_a_tally_of_nothing_and_of_nonsense():
+    tally = Tally()
+    assert summary_of(tally)["messages"] == 0
+    tally.add([("a", ["text"]), ("b", [None]), ("c", []), ("d", [{"role": ["x"], "content": 1}])])
+    assert tally.n == tally.unsound == 4 and summary_of(tally)["not_alternating"] == 4
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    code = ("import re, sys; from tulu_study.data import convert; convert('dolly', sys.argv[1], sys.argv[2], workers=1); "
+            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])")   # ru_maxrss would hold the parent's size
+    peaks = []
+    for times in (1, 10):
+        source = lay(tmp_path / str(times), "dolly", DOLLY, lines([{**dolly(n), "context": "word " * 100} for n in range(8000 * times)] + [b"bad"] * 1000 * times))
+        done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / f"out{times}")], capture_output=True, text=True, env={"TQDM_DISABLE": "1", "PATH": ""})
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.25 * peaks[0], peaks
