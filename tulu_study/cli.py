@@ -207,6 +207,37 @@ def report(
             elif path.suffix in (".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
 
 
+@call_parse(pos=["model"])
+def evaluate(
+    model: str = "",                # folder, hub repository ("owner/name@revision"), key of params/models.yaml, or address of a server ("http://host:8000/v1")
+    benchmarks: str = "gsm,mmlu",   # e.g. "gsm,mmlu:5shot,bbh:cot+direct"
+    into: str = "",                 # folder for predictions, scores and the results file, empty = evaluation/<model> below the results root
+    n: int = 0,                     # examples of each benchmark, 0 = the paper's sample
+    per_group: int = 0,             # examples of each subject, task or language, 0 = the paper's sample
+    chat: str = "auto",             # Tülu chat format: yes, no, auto = where the tokenizer has a chat template
+    engine: str = "",               # vllm, transformers, auto; empty = the site's setting
+    dtype: str = "bfloat16",        # float32 or bfloat16
+    protocol: str = "paper",        # paper = the reference exactly, bugs included; fixed = known bugs repaired
+    served: str = "",               # at an address: the model's name there
+    api: str = "completions",       # at an address: completions or chat
+    recording: str = "off",         # at an address: record answers, replay them without network, or off
+    max_dollars: float = 0.0,       # at an address: stop before asking where it may cost more, 0 = no limit
+):
+    "Evaluate any model: a folder, a hub repository or a server. The same command continues after any interruption."
+    from tulu_study.evaluation.standalone import evaluate_any
+    if not model: raise CellError("Name a model: a Hugging Face folder, a hub repository, a key of params/models.yaml, or the address of a server. `tulu-study evaluate --help` says more.")
+    if chat not in ("auto", "yes", "no"): raise CellError(f"--chat is {chat!r}; expected yes, no or auto.")
+    name = Path(model).name if Path(model).exists() else "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
+    out = Path(into) if into else settings().results/"evaluation"/name
+    report = evaluate_any(model, benchmarks, out, n=n or None, per_group=per_group or None, chat={"auto": None, "yes": True, "no": False}[chat], engine=engine, dtype=dtype, protocol=protocol,
+                          served=served, api=api, recording=recording, max_dollars=max_dollars or None)
+    value = lambda score: "–" if score["value"] is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+    print(_table([[s["benchmark"], s["setting_name"], value(s), str(s["n"]), str(s["n_errors"]), s["stand_in"]["name"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "n", "failed", "stand-in judge"]))
+    for s in report.scores:
+        if s["n_errors"]: print(f"{s['benchmark']} {s['setting_name']}: {s['n_errors']} of {s['n_examples']} failed ({'; '.join(s['errors'])}); each is in its predictions file")
+    print(f"\n{report.made} predictions made, {report.kept} kept from before; everything is in {os.path.relpath(out)}")
+
+
 @call_parse(pos=["name"])
 def sources(
     name: str = "",        # a dataset or benchmark, with every place of its files; empty = one line for each file of all
@@ -290,7 +321,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "sources": sources, "export": export, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "sources": sources, "export": export, "doctor": doctor}
 
 
 def main() -> None:
@@ -302,11 +333,15 @@ def main() -> None:
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    words, places = sys.argv[2:], {"export": ("path",)}.get(command, ("study", "name"))
+    words, places = sys.argv[2:], {"export": ("path",), "evaluate": ("model",)}.get(command, ("study", "name"))
     if "study" in places and "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
     given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in places if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
-    except (CellError, ParamsError, SourceError, ValueError, FileNotFoundError) as e:
+    except (CellError, ParamsError, SourceError, ValueError, FileNotFoundError, KeyError) as e:
+        print(f"tulu-study {command}: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as e:
+        if type(e).__name__ != "EngineError": raise
         print(f"tulu-study {command}: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
