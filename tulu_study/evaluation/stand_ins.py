@@ -92,7 +92,7 @@ class TextClassifier:
 
     def probability(self, texts, numbers): return self.weights.predict_proba(self.features(texts, numbers))[:, 1]
 
-# %% ../../nbs/evaluation/10_stand_ins.ipynb #aa588fc4
+# %% ../../nbs/evaluation/10_stand_ins.ipynb #ca5f4979
 def nearness(
     pairs: list,  # of (question, answer)
     references: dict,  # question -> (true answers, false answers), each a list of str; {}: no columns
@@ -101,19 +101,24 @@ def nearness(
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
     if not references: return np.zeros((len(pairs), 0))
-    texts = [text for sides in references.values() for side in sides for text in side]
+    texts, spans = [], {}
+    for question, sides in references.items():
+        for column, side in enumerate(sides):
+            spans[question, column] = slice(len(texts), len(texts) + len(side))
+            texts += side
     words = TfidfVectorizer(sublinear_tf=True).fit(texts)
+    listed = words.transform(texts)
     found, members, answers = np.zeros((len(pairs), 3)), {}, words.transform([answer for _, answer in pairs])
     for at, (question, _) in enumerate(pairs): members.setdefault(question, []).append(at)
     for question in set(members) & set(references):
         rows = members[question]
         for column, side in enumerate(references[question]):
-            alike = (answers[rows] @ words.transform(side).T).toarray() if side else np.zeros((len(rows), 1))
+            alike = (answers[rows] @ listed[spans[question, column]].T).toarray() if side else np.zeros((len(rows), 1))
             found[rows, column] = np.where(alike > 0.999, 0, alike).max(axis=1)
     found[:, 2] = found[:, 0] - found[:, 1]
     return 2 * found
 
-# %% ../../nbs/evaluation/10_stand_ins.ipynb #72f575b4
+# %% ../../nbs/evaluation/10_stand_ins.ipynb #dfed99eb
 class StandIn:
     "Two classifiers of labelled answers, each asked only about questions of the other's half."
 
@@ -134,13 +139,13 @@ class StandIn:
         self.models = [TextClassifier(texts[sides == side], numbers[sides == side], labels[sides == side]) for side in (0, 1)]
         known = {question: {text.strip(" .").lower() for side in found for text in side} for question, found in self.references.items()}
         fresh = np.array([answer.strip(" .").lower() not in known.get(question, ()) for question, answer in pairs])
-        self.facts = {"name": f"{name} stand-in (TF-IDF and logistic regression)", **measure(labels[fresh], np.array(self.ask(pairs))[fresh], sides[fresh]), "trained_on": trained_on, "n": len(rows)}
+        self.facts = {"name": f"{name} stand-in (TF-IDF and logistic regression)", **measure(labels[fresh], np.array(self.ask(pairs, numbers))[fresh], sides[fresh]), "trained_on": trained_on, "n": len(rows)}
         self.identity = hash_json([name, trained_on, [[*row] for row in rows], {q: list(map(list, r)) for q, r in self.references.items()}])
 
-    def ask(self, pairs):
+    def ask(self, pairs, numbers=None):
         "Probability of 'yes' for each (question, answer)."
         import numpy as np
-        texts, numbers = np.array([answer for _, answer in pairs], dtype=object), nearness(pairs, self.references)
+        texts, numbers = np.array([answer for _, answer in pairs], dtype=object), nearness(pairs, self.references) if numbers is None else numbers
         sides = np.array([half(question or answer) for question, answer in pairs])
         found = np.zeros(len(pairs))
         for side in (0, 1):
