@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Weight', 'Name', 'Record', 'Origin', 'SourceFile', 'Source', 'Dataset', 'Mix', 'BenchmarkSetting', 'Benchmark',
-           'Endpoint', 'ModelScale', 'Model', 'StudyModel', 'StudyData', 'StudyTraining', 'StudyBenchmark',
+           'Endpoint', 'ModelScale', 'Model', 'StudyModel', 'StudyData', 'Lora', 'StudyTraining', 'StudyBenchmark',
            'StudyEvaluation', 'Study', 'ParamsError', 'params_dir', 'datasets', 'mixes', 'benchmarks', 'models',
            'load_study']
 
@@ -187,6 +187,15 @@ class StudyData(Record):
     convert: list[str] = []           # datasets that Table 1 shows although no model is trained on them
     max_rejected: float = Field(0.01, ge=0, le=1)   # share of raw records; above it the conversion fails
 
+# %% ../../nbs/core/01_params.ipynb #7bee1738
+class Lora(Record):
+    "Settings of low-rank adaptation."
+    rank: int = Field(64, gt=0)             # width of the trainable matrices
+    alpha: float = Field(16, gt=0)          # their product is scaled by alpha / rank
+    dropout: float = Field(0.1, ge=0, lt=1) # of their input
+    targets: list[str] = []                 # names of the linear layers, [] = all those of a block
+    qlora: bool = False                     # frozen weights in 4 bits; needs CUDA, zero_stage 0 and no offload
+
 # %% ../../nbs/core/01_params.ipynb #70f4c944
 class StudyTraining(Record):
     "Settings of fine-tuning; the defaults are the paper's for 7B and 13B, but for batch_size (the authors' code), loss and zero_stage (this study's)."
@@ -205,12 +214,14 @@ class StudyTraining(Record):
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     loss: Literal["token", "microbatch"] = "token"
+    lora: dict = {}                               # settings of `Lora`, {} = all weights are trained
 
     @model_validator(mode="after")
     def divides(self):
         if self.batch_size % (self.micro_batch_size * self.ranks):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} x ranks {self.ranks}")
         if self.ranks % self.nodes: raise ValueError(f"ranks {self.ranks} is not a multiple of nodes {self.nodes}")
+        if self.lora: Lora(**self.lora)
         return self
 
 # %% ../../nbs/core/01_params.ipynb #7a57800f

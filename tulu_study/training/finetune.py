@@ -10,7 +10,7 @@ from tulu_study.core.files import read_jsonl, write_atomic
 from tulu_study.core.process import die_with_parent
 from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded, encode_all
-from .lora import adapter_weights, merge
+from .lora import adapter_weights, merge, quantised, wrap
 from .packing import best_fit, flatten, register_segments, spread, supervised, token_weights, waste, weighted_loss
 from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, remove, state_root, write_state
 from .schedule import schedule, total_steps, warmup_steps
@@ -198,6 +198,9 @@ def make_optimizer(config: FinetuneConfig, model):
     "AdamW with the reference's groups; DeepSpeed's own where a GPU's optimiser lies in the host's memory, because torch's is many times slower there."
     import torch
     make = functools.partial(torch.optim.AdamW, parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    if config.lora.get("qlora"):
+        from bitsandbytes.optim import PagedAdamW32bit
+        return PagedAdamW32bit(*make.args, **make.keywords)
     if config.offload == "none" or not torch.cuda.is_available(): return make()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     return DeepSpeedCPUAdam(*make.args, **make.keywords, adamw_mode=True)
@@ -347,12 +350,11 @@ def load_model(config: FinetuneConfig, n_tokens: int):
     "The base model in float32 (the library's default would be the checkpoint's type), with rows for new tokens, its cache off."
     import torch
     from transformers import AutoModelForCausalLM
-    from . import lora
-    options = {"dtype": torch.float32} | ({"attn_implementation": register_segments()} if config.packing else {}) | lora.quantised(config)
+    options = {"dtype": torch.float32} | ({"attn_implementation": register_segments()} if config.packing else {}) | quantised(config)
     model = AutoModelForCausalLM.from_pretrained(config.base_dir, **options)
     grown = grow_embeddings(model, n_tokens, config.protocol, config.seed)
     model.config.use_cache = False
-    return lora.wrap(model, config) if config.lora else model, grown
+    return wrap(model, config) if config.lora else model, grown
 
 
 def tensor_norms(model) -> dict:

@@ -39,6 +39,12 @@ def _checks(folder: Path, trained: dict, tolerance: float):
         if not gap <= worst: worst, at = gap, name   # also when it is not a number
         if math.isnan(gap): break
     yield row("largest relative difference of a norm" + (f" ({at})" if at else ""), worst, f"at most {tolerance:g}", worst <= tolerance)
+    if "adapter" in trained:
+        from .lora import adapter_norms
+        found = adapter_norms(folder)
+        yield row("matrices of the adapter", sorted(found), sorted(trained["adapter"]))
+        gaps = [abs(found[name] - expected["norm"]) / max(expected["norm"], 1e-12) for name, expected in trained["adapter"].items() if name in found]
+        yield row("largest relative difference of a norm in the adapter", max(gaps, default=math.nan), f"at most {tolerance:g}", max(gaps, default=math.nan) <= tolerance)
     tokenizer = load_tokenizer(folder)
     yield row("tokens of the tokenizer", len(tokenizer), trained["tokenizer_length"])
     yield row("embedding rows for all tokens", model.get_input_embeddings().weight.shape[0] >= len(tokenizer), True)
