@@ -229,7 +229,7 @@ def read_records(
     lines = (file or Path(path).name).removesuffix(".gz").endswith(".jsonl")
     yield from (read_lines if lines else read_items)(path, file)
 
-# %% ../../nbs/data/01_reading.ipynb #158c27c1
+# %% ../../nbs/data/01_reading.ipynb #6d3b21b0
 def text_of(
     row,  # parsed JSON, should be an object
     key: str,  # field to read
@@ -246,7 +246,7 @@ def text_of(
     if not isinstance(value, str):
         raise BadRecord("wrong_type", f"found {type(value).__name__} in {key!r}, expected text")
     try:
-        value.encode("utf-8")
+        value.isascii() or value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecord("invalid_unicode", f"{key!r}: {error}") from None
     return value

@@ -76,12 +76,13 @@ class Ledger(Growing):
 def json_line(dataset: str, name: str, messages: list) -> str:
     "The line of a conversation, whose dataset is a plain key: what `json.dumps` writes for it, put together from the texts alone."
     try:
-        parts = []
-        for message in messages:
-            if tuple(message) != KEYS:
-                raise KeyError
-            parts.append(HEADS[message["role"]] + quoted(message["content"]))
-        said = "}, ".join(parts) + "}" if parts else ""
+        if len(messages) == 2 and tuple(messages[0]) == KEYS == tuple(messages[1]):  # one round: the usual case, in fewer steps
+            (role, text), (other, answer) = messages[0].values(), messages[1].values()
+            said = f"{HEADS[role]}{quoted(text)}}}, {HEADS[other]}{quoted(answer)}}}"
+        elif all(tuple(message) == KEYS for message in messages):
+            said = ", ".join([f"{HEADS[message['role']]}{quoted(message['content'])}}}" for message in messages])
+        else:
+            raise KeyError
         return f'{{"dataset": "{dataset}", "id": {quoted(name)}, "messages": [{said}]}}\n'
     except (KeyError, TypeError):
         return json.dumps({"dataset": dataset, "id": name, "messages": messages}) + "\n"

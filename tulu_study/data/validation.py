@@ -40,8 +40,8 @@ def script_of(
     counts = {name: len(pattern.findall(text)) for name, pattern in (("Latin", _LATIN), *_EACH.items())}
     return max(counts, key=counts.get)
 
-# %% ../../nbs/data/02b_validation.ipynb #c414034b
-SHARE = 2_000_000  # hashes that are in memory at a time
+# %% ../../nbs/data/02b_validation.ipynb #3df1190a
+SHARE = 500_000  # hashes that are in memory at a time
 
 
 def _distinct(
@@ -58,7 +58,7 @@ def _distinct(
         n += int((ranked[1:] != ranked[:-1]).sum()) + bool(len(ranked))
     return n
 
-# %% ../../nbs/data/02b_validation.ipynb #e0ce5eac
+# %% ../../nbs/data/02b_validation.ipynb #2b4aef35
 ROLES = ("user", "assistant", "system")
 ROUND = ("user", "assistant")  # the sequence of roles of nearly every conversation
 
@@ -67,7 +67,8 @@ def _regular(flat: list) -> bool:
     "True when all messages are mappings with a text under `role` and under `content`."
     if set(map(type, flat)) - {dict}:
         return False
-    return not {type(message.get(key)) for key in ("role", "content") for message in flat} - {str}
+    texts = [message.get("content") for message in flat] + [message.get("role") for message in flat]
+    return not set(map(type, texts)) - {str}
 
 
 def _roles(messages) -> tuple:
