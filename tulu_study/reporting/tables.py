@@ -154,7 +154,7 @@ def foot(cells: list[dict], # records of `table3`
     said = (("Protocol", "protocol"), ("Engine", "engine"), ("Number format", "dtype"), ("Intervals", "interval"))
     stand_ins = sorted({f"{cell['column']}: {cell[name]}" for cell in scored for name in ("judge", "stand_in") if cell[name]})
     return [*filter(None, notes), ". ".join([*(f"{title}: {values_of(scored, name)}" for title, name in said), *loss_fact(cells[0]["study"])]),
-            *[f"Judge, classifier or reference other than the paper's – {note}" for note in stand_ins], *legend(sum(cell["change"] is not None for cell in scored), not invented(cells[0]["study"]))]
+            *[f"Judge, classifier or reference – {note}" for note in stand_ins], *legend(sum(cell["change"] is not None for cell in scored), not invented(cells[0]["study"]))]
 
 # %% ../../nbs/reporting/01_tables.ipynb #a47dce09
 def head(cells: list[dict], # records of `table3`
