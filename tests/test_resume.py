@@ -74,3 +74,161 @@ def test_killed_at_any_step_it_continues_to_the_same_bytes(place, fork, train, s
     reference = train("whole-" + "-".join(map(str, changes.values())), **changes)
     folder, _ = continued(place, fork, "cut-" + "-".join(map(str, changes.values())), step, expected_from=step, **changes)
     same_bytes(folder, reference)
+
+
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(place, fork, train):
+    "SIGTERM at the beginning of step 2, on one rank of two: both leave after that step."
+    def prepare(root): assert [path.name for path in finished_states(root)] == ["step-00000002"]
+    folder, _ = continued(place, fork, "asked", 2, signal.SIGTERM, "begin", INTERRUPTED, 2, prepare, save_steps=0, zero_stage=2)
+    same_bytes(folder, train("whole-2", zero_stage=2))
+
+
+def test_killed_while_it_saves_it_continues_from_the_state_before(place, fork, train):
+    def prepare(root):
+        assert [path.name for path in finished_states(root)] == ["step-00000004", "step-00000003"]   # the newest two
+        assert [path.name for path in root.glob(".step-*.part")] == [".step-00000005.part"]
+    folder, _ = continued(place, fork, "sealing", 5, when="sealing", expected_from=4, prepare=prepare, zero_stage=2)
+    same_bytes(folder, train("whole-2", zero_stage=2))
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def shard(folder): return max((p for p in folder.rglob("*.pt")), key=lambda p: p.stat().st_size)
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(place, fork, train):
+    folder, said = continued(place, fork, "cut", 4, expected_from=3, prepare=lambda root: cut(shard(root / "step-00000004")), zero_stage=2)
+    assert any(line.startswith("warning: the state in step-00000004 is damaged") and "bytes, expected" in line for line in said)
+    same_bytes(folder, train("whole-2", zero_stage=2))
+
+
+def test_with_both_states_damaged_it_starts_anew(place, fork, train):
+    def prepare(root):
+        flip(shard(root / "step-00000004"))
+        (root / "step-00000003" / CHECKSUMS).write_text('{"step": 3')
+    folder, said = continued(place, fork, "both", 4, prepare=prepare, zero_stage=2)
+    assert any("step-00000004 is damaged" in line and "the checksum of" in line for line in said) and any("step-00000003 is damaged (its checksums.json cannot be read)" in line for line in said)
+    assert "warning: no whole state is left; the training starts anew" in said and not any(line.startswith("continuing") for line in said)
+    same_bytes(folder, train("whole-2", zero_stage=2))
+
+
+def test_a_state_of_other_settings_is_not_used(place, fork):
+    changed = {}
+    def prepare(root):
+        path = place / "other.json"
+        config = FinetuneConfig.load(path)
+        config.learning_rate = changed["rate"] = 5e-4
+        config.save(path)
+    folder, said = continued(place, fork, "other", 4, prepare=prepare, zero_stage=2)
+    assert "warning: a state of another training is not used (learning_rate 0.001, now 0.0005)" in said and "the training starts anew" in said
+    assert log(folder)[1]["learning_rate"] == changed["rate"]
+
+
+def test_what_a_state_belongs_to():
+    mine = {"settings": {"seed": 1, "limit": 0}, "data": "a", "code": "x"}
+    assert not differences(mine, json.loads(json.dumps(mine)))
+    assert differences(mine, {**mine, "data": "b", "settings": {"seed": 2, "limit": 0}}) == "seed 2, now 1; other data"
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+    assert len({rows_hash(rows), rows_hash(rows[::-1]), rows_hash([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]), rows_hash([{**rows[0], "labels": [1, 2]}, rows[1]])}) == 4
+    assert code_hash() == code_hash()
+
+
+def test_settings_of_place_and_speed_are_no_part_of_the_result(place):
+    one, other = settings(place, "x"), settings(place, "y", save_minutes=1, save_steps=7, threads=3)
+    assert one.science() == other.science() and not {"save_minutes", "save_steps", "report_to"} & set(one.science())
+
+
+def test_settings_of_saving_come_from_the_environment(place, monkeypatch):
+    monkeypatch.setenv("TULU_SAVE_MINUTES", "2.5")
+    assert settings(place, "x").save_minutes == 2.5
+    monkeypatch.setenv("TULU_SAVE_MINUTES", "often")
+    with pytest.raises(TrainingError, match="save_minutes .*found 'often'"): settings(place, "x")
+    with pytest.raises(TrainingError, match="report_to .*found 'paper'.*expected none, tensorboard, wandb"): settings(place, "x", save_minutes=1, report_to="paper")
+
+
+# ---- memory, disk, numbers
+
+def small_files(path, limit, spoken):
+    "Train where no file may be larger than `limit` bytes, as on a full disk."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return spoken_main(path, spoken)
+
+
+def test_a_full_disk_while_saving_a_state_is_a_warning(place, fork, train):
+    "The shard of the optimiser is larger than the limit, the model is not."
+    config = settings(place, "full", zero_stage=2, save_steps=2)
+    (place / "full").mkdir()
+    fork(small_files, str(config.save(place / "full.json")), 600_000, str(place / "full.said"))
+    said = (place / "full.said").read_text()
+    assert said.count("was not saved") == 3 and "training goes on, the same command would start anew" in said and "TULU_RESULTS" in said
+    same_bytes(place / "full", train("whole-2", zero_stage=2))
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_state_stays(place, train):
+    config, said = settings(place, "end", zero_stage=2, save_steps=2), []
+    code = f"""import resource, runpy, sys
+from tulu_study.training import finetune
+save = finetune.save
+def late(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(*args)
+finetune.save = late
+sys.exit(finetune.main({str(place / 'end.json')!r}))"""
+    (place / "end").mkdir()
+    config.save(place / "end.json")
+    done = subprocess.run([sys.executable, "-c", code], env=environment_for(config, direct=True), capture_output=True, text=True)
+    assert done.returncode == 1 and "error: the disk is full" in done.stderr and "the same command would continue from step 6" in done.stderr, done.stderr[-3000:]
+    assert not (place / "end" / "trained.json").exists()
+    launch(config, echo=said.append)   # nothing is left to train, only to save
+    assert "continuing from the state of step 6" in said and not state_root(place / "end").exists()
+    same_bytes(place / "end", train("whole-2", zero_stage=2))
+
+
+def out_of_memory(path, spoken):
+    from transformers import Trainer
+    def fail(*_, **__): raise MemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    Trainer.training_step = fail
+    sys.stderr = open(spoken, "w")
+    return spoken_main(path, spoken + ".said")
+
+
+def test_out_of_memory_names_the_settings(place, fork):
+    config = settings(place, "memory")
+    (place / "memory").mkdir()
+    fork(out_of_memory, str(config.save(place / "memory.json")), str(place / "memory.err"), status=1)
+    assert "error: out of memory: lower micro_batch_size (now 2) or max_seq_length (now 96), set gradient_checkpointing" in (place / "memory.err").read_text()
+
+
+def poisoned(path, spoken):
+    "Spoil one weight after the first step, as an overflow would."
+    import torch
+    load = finetune.load_model
+    def spoilt(*args):
+        model, grown = load(*args)
+        with torch.no_grad(): model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+        return model, grown
+    finetune.load_model = spoilt
+    sys.stderr = open(spoken, "w")
+    return spoken_main(path, spoken + ".said")
+
+
+def test_a_loss_that_is_no_number_stops_at_that_step_and_names_its_data(place, fork):
+    config = settings(place, "poisoned", save_steps=1)
+    (place / "poisoned").mkdir()
+    fork(poisoned, str(config.save(place / "poisoned.json")), str(place / "poisoned.err"), status=1)
+    said = (place / "poisoned.err").read_text()
+    assert "the loss became nan at step 1: lower learning_rate (now 0.001)" in said and "precision fp32 (now fp32)" in said and "look at the data of that step, sums: sums_" in said and "and 4 more" in said
+    assert not finished_states(state_root(place / "poisoned")), "a state without a value must not be kept"
+
+
+def test_memory_and_time_are_recorded(train):
+    seconds = json.loads((train("whole-2", zero_stage=2) / "seconds.json").read_text())
+    assert set(seconds) == {"starting", "training", "saving", "verifying", "step", "start_bytes", "peak_bytes"}
+    assert 1e8 < seconds["start_bytes"] <= seconds["peak_bytes"] < 1e10 and 0 < seconds["step"] <= seconds["training"]
