@@ -6,6 +6,7 @@ from tulu_study.core import grid
 
 GRID = grid.load(config["study"])
 ROOT = str(GRID.root)
+SLURM = GRID.site.executor == "slurm"
 quoted = lambda text: shlex.quote(text).replace("{", "{{").replace("}", "}}")
 # exec: the cell is Snakemake's own child, knows it by its number, and ends with it
 CELL = f"exec env TULU_PARENT={os.getpid()} {quoted(sys.executable)} -m tulu_study cell {quoted(config['study'])}"
@@ -17,7 +18,13 @@ def needs(stage, label="label"):
 
 
 def gpus(stage):
-    return lambda w: GRID[f"{stage}-{w.label}"].gpus if config.get("gpus") else 0
+    return lambda w: GRID[f"{stage}-{w.label}"].gpus if config.get("gpus") or SLURM else 0
+
+
+def slurm(stage):
+    "Nodes, tasks, processors and GPUs of a cell as Slurm's plugin wants to hear them; nothing for cells that run here."
+    def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}"], GRID.site.threads)[name]
+    return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra")} if SLURM else {}
 
 
 wildcard_constraints:
@@ -58,7 +65,7 @@ rule pretrain:         # a nano base model, made from the world's corpus
     input: needs("pretrain")
     output: ROOT + "/base/{label}/done.{key}"
     wildcard_constraints: label = by_stage("pretrain")
-    resources: gpus = gpus("pretrain")
+    resources: gpus = gpus("pretrain"), **slurm("pretrain")
     shell: CELL + " pretrain-{wildcards.label}"
 
 
@@ -72,14 +79,14 @@ rule base_model:       # a published base model, as a Hugging Face folder
 rule finetune:         # <size>-<data>: a base model and conversations -> a checkpoint
     input: needs("finetune")
     output: ROOT + "/checkpoints/{label}/done.{key}"
-    resources: gpus = gpus("finetune")
+    resources: gpus = gpus("finetune"), **slurm("finetune")
     shell: CELL + " finetune-{wildcards.label}"
 
 
 rule evaluate:         # a checkpoint and the benchmarks -> predictions and scores
     input: needs("evaluate")
     output: ROOT + "/scores/{label}/done.{key}"
-    resources: gpus = gpus("evaluate")
+    resources: gpus = gpus("evaluate"), **slurm("evaluate")
     shell: CELL + " evaluate-{wildcards.label}"
 
 

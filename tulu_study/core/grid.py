@@ -41,6 +41,7 @@ class Cell:
     needs: list[str]           # names of the cells whose files it reads
     identity: dict             # registry records and raw files that it reads
     gpus: int = 0
+    nodes: int = 1             # machines that the GPUs are on
     inputs: dict = field(default_factory=dict)   # identity and the keys of `needs`
     key: str = ""
 
@@ -53,6 +54,15 @@ class Cell:
     def executed(self) -> Path:
         "The executed notebook."
         return self.out_dir/f"{self.notebook}.ipynb"
+
+
+def slurm_resources(
+    cell: Cell,   # with gpus and nodes
+    threads: int = 1,   # of one rank
+) -> dict:        # names of snakemake-executor-plugin-slurm
+    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun."
+    each = -(-cell.gpus // cell.nodes)
+    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each else ""}
 
 
 @dataclass
@@ -79,10 +89,10 @@ class Grid(dict):
             full = door.check_parameters(cell.notebook, {**cell.params, "out_dir": str(cell.out_dir)})
             cell.key = door.cell_key(cell.notebook, full, cell.inputs)
 
-    def _add(self, stage: str, label: str, notebook: str, params: dict, needs=(), identity=None, gpus=0) -> str:
+    def _add(self, stage: str, label: str, notebook: str, params: dict, needs=(), identity=None, gpus=0, nodes=1) -> str:
         name = stage if stage == "world" else f"{stage}-{label}"
         folder = self.root/NAMES[stage] if stage == "world" else self.root/NAMES[stage]/label
-        self[name] = Cell(name, stage, notebook, params, folder, list(dict.fromkeys(needs)), identity or {}, gpus)
+        self[name] = Cell(name, stage, notebook, params, folder, list(dict.fromkeys(needs)), identity or {}, gpus, nodes)
         return name
 
     # What a cell reads from outside the study
@@ -144,7 +154,7 @@ class Grid(dict):
                 t = study.training_for(size)
                 checkpoint = self.root/"checkpoints"/name
                 tuned = self._add("finetune", name, "finetune", dict(**about, limit=study.data.limit, seed=study.seed, protocol=study.protocol, **t.model_dump(), base_dir=str(self[base].out_dir),
-                                  data_file=str(self.root/"data"/data/f"{data}_data.jsonl")), [base, self._data_cell(data)], {"record": models()[model.base].model_dump(mode="json")}, t.ranks)
+                                  data_file=str(self.root/"data"/data/f"{data}_data.jsonl")), [base, self._data_cell(data)], {"record": models()[model.base].model_dump(mode="json")}, t.ranks, t.nodes)
             wanted = {k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}
             self._add("evaluate", name, "evaluate", dict(**about, benchmarks=wanted, chat=data != "vanilla", protocol=study.protocol, seed=study.seed, dtype=study.evaluation.dtype,
                       chunk_size=study.evaluation.chunk_size, source_root=self._source_root(), checkpoint_dir=str(checkpoint), predictions_dir=str(self.root/"predictions"/name)),

@@ -1,11 +1,13 @@
 "Start the ranks of a fine-tuning, show their progress, end them with this process, and return when the checkpoint has been verified."
-import collections, contextlib, json, os, signal, socket, subprocess, sys, tempfile, threading
+import collections, contextlib, json, os, re, shlex, signal, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from tulu_study.core.process import start_child
 from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
 
 PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
+PORT = 29400     # where the agents of several nodes meet, outside Slurm
+SETTINGS = "settings.json"   # in the checkpoint's folder while several nodes train: all of them must see it
 
 
 def command_for(
@@ -16,7 +18,43 @@ def command_for(
     "The command that trains. One rank needs no launcher (two seconds saved): it gets torchrun's environment variables."
     trainer = ["-m", "tulu_study.training.finetune", str(settings_file)]
     if launcher == "direct" or launcher == "auto" and config.ranks == 1: return [sys.executable, *trainer]
+    if config.nodes > 1: return [*srun_for(config), *agent_for(config, settings_file, f"{first_host(os.environ['SLURM_JOB_NODELIST'])}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}", os.environ["SLURM_JOB_ID"])]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}", f"--shutdown-timeout={PATIENCE}", *trainer]
+
+
+def agent_for(
+    config: FinetuneConfig,   # with ranks and nodes
+    settings_file: Path,      # on a disk that all nodes see
+    endpoint: str,            # host:port of the first node, where the agents meet
+    run_id: str,              # the same for all of them
+) -> list[str]:               # program and arguments, the same on every node
+    "torchrun for one of several nodes. Which ranks a node gets is decided when they meet."
+    return [sys.executable, "-m", "torch.distributed.run", f"--nnodes={config.nodes}", f"--nproc-per-node={config.ranks // config.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}",
+            f"--rdzv-id={run_id}", "--max-restarts=0", f"--shutdown-timeout={PATIENCE}", "-m", "tulu_study.training.finetune", str(settings_file)]
+
+
+def srun_for(config: FinetuneConfig) -> list[str]:
+    "Slurm's way to start one process on each node of the job that this process runs in. What srun no longer takes from the job by itself is said."
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return ["srun", f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+
+
+def first_host(
+    nodes: str,   # as in SLURM_JOB_NODELIST, e.g. "gpu[007-009,12],login1"
+) -> str:         # "gpu007"
+    "Name the first host of Slurm's short form of a list."
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0])
+
+
+def _check_nodes(config: FinetuneConfig) -> None:
+    "Several nodes need something that starts a process on each: Slurm does, else a person."
+    job, granted = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    if config.nodes == 1 or job and granted >= config.nodes: return
+    if job: raise TrainingError(f"nodes: found {config.nodes}, and this Slurm job ({job}) has {granted}: ask for --nodes={config.nodes}, or let `tulu-study run` submit the cell ([executor] profile = slurm)")
+    file = config.save(Path(config.out_dir) / SETTINGS)
+    command = shlex.join(agent_for(config, file, f"FIRST_NODE:{PORT}", config.model or Path(config.out_dir).name))
+    raise TrainingError(f"nodes: found {config.nodes}, and this process is not in a Slurm job, so nothing here can start the others. Set [executor] profile = slurm, take nodes 1, "
+                        f"or run this on each of the {config.nodes} nodes, with the first one's name for FIRST_NODE and folders that all of them see (it is done when verification.json is in {config.out_dir}):\n{command}")
 
 
 def environment_for(config: FinetuneConfig, direct: bool) -> dict:
@@ -46,8 +84,9 @@ def launch(
     "Fine-tune in processes of their own. Raises TrainingError with the setting to change, or with the trainer's last lines."
     config = config if isinstance(config, FinetuneConfig) else FinetuneConfig(**config)
     _check_places(config)
+    _check_nodes(config)
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        command = command_for(config, config.save(Path(folder) / "settings.json"), launcher)
+        command = command_for(config, config.save(Path(config.out_dir if config.nodes > 1 else folder) / SETTINGS), launcher)
         env = environment_for(config, direct="torch.distributed.run" not in command)
         process = start_child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         try:
@@ -56,6 +95,11 @@ def launch(
             _end(process)
             raise
     checks = Path(config.out_dir) / "verification.json"
+    if config.nodes > 1:
+        (Path(config.out_dir) / SETTINGS).unlink(missing_ok=True)
+        for _ in range(30):   # another node wrote it: a network disk may take its time
+            if process.returncode or stopped or checks.exists(): break
+            time.sleep(1)
     if stopped: raise TrainingInterrupted(f"fine-tuning {config.model or config.data or Path(config.out_dir).name} was {stopped}")
     if process.returncode or not checks.exists(): raise TrainingError(_why(process.returncode, said, last, config))
     return json.loads(checks.read_text())
@@ -64,8 +108,10 @@ def launch(
 def _check_places(config: FinetuneConfig) -> None:
     "Look for the inputs, and remove what an earlier run left in the output folder."
     from .finetune import clear
+    from .lora import NO_CUDA
     missing = [f"{what} {place}" for what, place in (("base model", config.base_dir), ("data file", config.data_file)) if not Path(place).exists()]
     if missing: raise TrainingError(f"not there: {' and '.join(missing)}: make the base model and convert the data first")
+    if config.lora.get("qlora") and config.nodes == 1 and not Path("/dev/nvidiactl").exists(): raise TrainingError(NO_CUDA)
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     clear(out)

@@ -11,6 +11,7 @@ from .config import FinetuneConfig, TrainingError
 from .tokenizers import _gathered, grow_embeddings
 
 ADAPTER = "adapter"   # folder of the adapter beside the merged weights
+NO_CUDA = "lora.qlora: found true, but there is no CUDA device, which 4-bit training needs: take qlora: false (the same adapter beside 16-bit weights), or a machine with an NVIDIA GPU"
 
 TARGETS = {   # every linear layer of a block
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -31,7 +32,7 @@ def quantised(config: FinetuneConfig) -> dict:
     "What QLoRA adds to the loading of a base model. TrainingError without CUDA or bitsandbytes."
     import torch
     if not config.lora.get("qlora"): return {}
-    if not torch.cuda.is_available(): raise TrainingError("lora.qlora: found true, but there is no CUDA device, which 4-bit training needs: take qlora: false (the same adapter beside 16-bit weights), or a machine with an NVIDIA GPU")
+    if not torch.cuda.is_available(): raise TrainingError(NO_CUDA)
     if not importlib.util.find_spec("bitsandbytes"): raise TrainingError("lora.qlora: found true, but bitsandbytes is not installed: pip install 'tulu-study[gpu]'")
     from transformers import BitsAndBytesConfig
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16),

@@ -1,0 +1,69 @@
+"""One node or many: the commands as strings, Slurm's resources, and two agents on this machine."""
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
+from tulu_study.core.grid import Cell, slurm_resources
+from tulu_study.training.config import TrainingError
+from tulu_study.training.launch import _free_port, command_for, first_host, launch
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    for name in [n for n in os.environ if n.startswith("SLURM_")]: monkeypatch.delenv(name)
+    def job(**said):
+        for name, value in said.items(): monkeypatch.setenv(f"SLURM_{name}", value)
+    return job
+
+
+def test_one_node(place, slurm):
+    slurm(JOB_ID="7", JOB_NODELIST="gpu1")   # one node needs no srun, in a job or not
+    words = command_for(settings(place, "x", ranks=2), Path("s.json"))
+    assert words[1:4] == ["-m", "torch.distributed.run", "--standalone"] and "--nproc-per-node=2" in words and words[-2:] == ["tulu_study.training.finetune", "s.json"]
+    assert command_for(settings(place, "x"), Path("s.json"))[1:] == ["-m", "tulu_study.training.finetune", "s.json"]
+
+
+def test_several_nodes_in_a_slurm_job(place, slurm):
+    slurm(JOB_ID="1234567", JOB_NODELIST="nid[002345-002346,002400]", JOB_NUM_NODES="4", CPUS_PER_TASK="56")
+    text = shlex.join(command_for(settings(place, "x", ranks=32, nodes=4, batch_size=128), Path("/work/s.json")))
+    assert text.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=56 " + shlex.quote(sys.executable) + " -m torch.distributed.run --nnodes=4 --nproc-per-node=8 ")
+    assert " --rdzv-backend=c10d --rdzv-endpoint=nid002345:34567 --rdzv-id=1234567 " in text and text.endswith(" -m tulu_study.training.finetune /work/s.json")
+
+
+@pytest.mark.parametrize("nodes, first", [("n1", "n1"), ("n[1-4]", "n1"), ("gpu[007-009,12],login1", "gpu007"), ("a,b", "a"), ("rack[1-2]gpu[3,5]", "rack1gpu3"), ("a-b-1.site.org", "a-b-1.site.org")])
+def test_first_host(nodes, first): assert first_host(nodes) == first
+
+
+def test_several_nodes_without_slurm(place, slurm):
+    config = settings(place, "by-hand", ranks=2, nodes=2, model="13B-dolly")
+    with pytest.raises(TrainingError) as error: launch(config)
+    text = str(error.value)
+    assert "not in a Slurm job" in text and f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29400 --rdzv-id=13B-dolly" in text
+    assert json.loads((place / "by-hand" / "settings.json").read_text())["nodes"] == 2   # what the printed command names
+    slurm(JOB_ID="7", JOB_NUM_NODES="1")
+    with pytest.raises(TrainingError, match=r"this Slurm job \(7\) has 1: ask for --nodes=2"): launch(config)
+
+
+def test_resources(tmp_path):
+    cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
+    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8"}
+    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1"}
+    assert slurm_resources(cell(0))["slurm_extra"] == ""
+
+
+@pytest.mark.slow
+def test_srun_by_another_name(place, train, slurm, tmp_path, monkeypatch):
+    "Two agents on this machine, started by a stand-in for srun, train what one process trains."
+    (tmp_path / "srun").write_text("#!/bin/sh\nwhile case $1 in --*) true;; *) false;; esac; do shift; done\n\"$@\" & first=$!\n\"$@\" || exit 1\nwait $first\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm(JOB_ID=str(_free_port() - 20000), JOB_NODELIST="localhost", JOB_NUM_NODES="2")
+    config = settings(place, "two-nodes", ranks=2, nodes=2)
+    checks = launch(config)
+    assert all(check["passed"] for check in checks) and not (place / "two-nodes" / "settings.json").exists()
+    assert gap(place / "two-nodes", train("one-process")) <= TOLERANCE
