@@ -62,7 +62,8 @@ def measured(side: str, source: str, target: str, workers: int):
     from tulu_study.data import convert  # both sides pay for the import before the clock starts
     from tulu_study.data.conversion import find_converter
     import numpy  # the report counts hashes with it
-    find_converter(side if side != "plain" else "stanford_alpaca")
+    from tulu_study.core.params import datasets
+    find_converter(side if side != "plain" else "stanford_alpaca"), datasets()
     wall, cpu = time.perf_counter(), os.times()
     if side == "plain":
         plain(source, target)
