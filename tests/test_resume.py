@@ -1,15 +1,15 @@
 """A fine-tuning that is killed, asked to stop, or out of space continues from its saved state, to the same bytes."""
-import json, os, resource, shutil, signal, subprocess, sys, time
+import json, os, resource, signal, subprocess, sys, time
 
 import pytest
 
-from finetunings import SETTINGS, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
+from finetunings import SETTINGS, TOLERANCE, fork, gap, log, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.training import finetune
 from tulu_study.training.config import INTERRUPTED, FinetuneConfig, TrainingError, TrainingInterrupted
 from tulu_study.training.launch import environment_for, launch
-from tulu_study.training.resume import CHECKSUMS, code_hash, damage, differences, finished_states, read_record, rows_hash, state_root
+from tulu_study.training.resume import CHECKSUMS, code_hash, differences, finished_states, rows_hash, state_root
 
-STEPS = 6   # 21 conversations, 8 in a step, two epochs: steps 3 and 6 are the epochs' last
+# 21 conversations, 8 in a step, two epochs: six steps, of which 3 and 6 are the epochs' last
 
 
 def broken_off(path, step, sign, when="after"):
@@ -59,6 +59,7 @@ def spoken_main(path, spoken):
 
 
 def same_bytes(folder, reference):
+    "Weights, loss curve and records, to the last byte."
     for name in ("training_log.jsonl", "model.safetensors", "trained.json", "config.json", "README.md"): assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
 
 
@@ -232,3 +233,87 @@ def test_memory_and_time_are_recorded(train):
     seconds = json.loads((train("whole-2", zero_stage=2) / "seconds.json").read_text())
     assert set(seconds) == {"starting", "training", "saving", "verifying", "step", "start_bytes", "peak_bytes"}
     assert 1e8 < seconds["start_bytes"] <= seconds["peak_bytes"] < 1e10 and 0 < seconds["step"] <= seconds["training"]
+
+
+# ---- what lies in the host's memory
+
+@pytest.mark.parametrize("stage, offload, ranks", [(2, "optimizer", 1), (3, "all", 2)])
+def test_offloading_changes_where_things_lie_and_nothing_else(place, fork, train, stage, offload, ranks):
+    changes = dict(zero_stage=stage, offload=offload, ranks=ranks)
+    folder = train(f"offload-{stage}", **changes)
+    assert gap(folder, train("whole-2", zero_stage=2)) <= TOLERANCE
+    same_bytes(continued(place, fork, f"offload-{stage}-cut", 4, expected_from=4, **changes)[0], folder)
+
+
+# ---- through the launcher and through the cell
+
+def until(condition, seconds=120):
+    end = time.time() + seconds
+    while time.time() < end:
+        if condition(): return True
+        time.sleep(0.05)
+    return False
+
+
+def started(code, **env):
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env})
+
+
+def test_the_launcher_hands_a_signal_on_through_torchrun(place, train):
+    changes = dict(zero_stage=2, ranks=2, epochs=30)
+    config = settings(place, "signalled", **changes)
+    process = started(f"""import json
+from tulu_study.training.launch import launch
+try: launch(json.loads({json.dumps(vars(config))!r}))
+except Exception as error: print(type(error).__name__, error)""")
+    log_file = place / "signalled" / "training_log.jsonl"
+    assert until(lambda: log_file.exists() and log_file.stat().st_size), process.communicate()[0]
+    process.send_signal(signal.SIGUSR1)
+    out = process.communicate(timeout=120)[0]
+    assert "TrainingInterrupted fine-tuning sums was interrupted: asked to stop after step" in out and "the same command would continue from step" in out, out
+    lines = []
+    launch(config, echo=lines.append)
+    assert any(line.startswith("continuing from the state of step") for line in lines)
+    same_bytes(place / "signalled", train("whole-long", **changes))
+
+
+CELL = """import sys
+from tulu_study.core.cells import CellError, run_cell
+try: run_cell("finetune", {params!r}, {out!r})
+except CellError as error: sys.exit(type(error).__name__ + ": " + str(error))"""
+
+
+def cell(place, out, **changes):
+    params = {**{name: SETTINGS[name] for name in ("batch_size", "micro_batch_size", "learning_rate", "warmup_ratio", "max_seq_length", "precision", "data")}, "epochs": 30.0, "base": "nano-llama-s",
+              "base_dir": str(place / "llama"), "data_file": str(place / "data.jsonl"), **changes}
+    return started(CELL.format(params=params, out=str(out)), TULU_SAVE_MINUTES="0.001")
+
+
+@pytest.fixture(scope="module")
+def whole_cell(place):
+    "A cell that nobody disturbed."
+    process = cell(place, place / "whole-cell")
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, said
+    return place / "whole-cell"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_cell_continues_where_it_was_stopped(place, whole_cell, tmp_path, sign):
+    out = tmp_path / "stopped"
+    first = cell(place, out)
+    assert until(lambda: len(finished_states(state_root(out))) == 2), first.communicate()[0]
+    first.send_signal(sign)
+    said = first.communicate(timeout=120)[0]
+    assert not (out / "manifest.json").exists() and not (out / "failed.json").exists() and (out / "attempt.json").exists(), said
+    if sign == signal.SIGTERM: assert "CellInterrupted" in said and "asked to stop after step" in said, said
+    left = int(finished_states(state_root(out))[0].name[5:])
+    assert 0 < left < 90
+    again = cell(place, out)
+    said = again.communicate(timeout=180)[0]
+    assert again.returncode == 0, said
+    assert "continuing from the state of step" in (out / "finetune.ipynb").read_text()
+    same_bytes(out, whole_cell)
+    one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (out, whole_cell))
+    assert one["key"] == other["key"] and not [name for name in one["outputs"] if name.startswith("state")]
