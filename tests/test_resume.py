@@ -317,3 +317,46 @@ def test_a_cell_continues_where_it_was_stopped(place, whole_cell, tmp_path, sign
     same_bytes(out, whole_cell)
     one, other = (json.loads((folder / "manifest.json").read_text()) for folder in (out, whole_cell))
     assert one["key"] == other["key"] and not [name for name in one["outputs"] if name.startswith("state")]
+
+
+# ---- who watches
+
+WRITER = '''import json, pathlib
+class SummaryWriter:
+    def __init__(self, log_dir): self.file = open(pathlib.Path(log_dir).parent / "seen.jsonl", "a")
+    def add_text(self, *_): pass
+    def add_scalar(self, name, value, step): print(json.dumps([name, value, step]), file=self.file, flush=True)
+    def flush(self): pass
+    def close(self): self.file.close()
+'''
+
+
+def watched(path, packages):
+    "Train with a stand-in for TensorBoard's writer."
+    sys.path.insert(0, packages)
+    sys.modules["torch.utils.tensorboard"] = None
+    return finetune.main(path)
+
+
+def test_tensorboard_gets_what_the_log_gets_and_changes_nothing(place, fork, train, tmp_path, monkeypatch):
+    (tmp_path / "tensorboardX").mkdir()
+    (tmp_path / "tensorboardX" / "__init__.py").write_text(WRITER)
+    (tmp_path / "tensorboardX-2.6.dist-info").mkdir()
+    (tmp_path / "tensorboardX-2.6.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorboardX\nVersion: 2.6\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (place / "watched").mkdir()
+    fork(watched, str(settings(place, "watched", zero_stage=2, report_to="tensorboard").save(place / "watched.json")), str(tmp_path))
+    seen = [json.loads(line) for line in open(place / "watched" / "seen.jsonl")]
+    assert [value for name, value, _ in seen if name == "train/loss"] == [row["loss"] for row in log(place / "watched")]
+    assert {"train/learning_rate", "train/tokens_per_second"} <= {name for name, *_ in seen}
+    same_bytes(place / "watched", train("whole-2", zero_stage=2))
+
+
+def test_a_watcher_that_is_not_installed_is_refused(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="report_to .*'wandb', which is not installed: pip install wandb"): settings(place, "x", report_to="wandb")
+
+
+def test_progress_says_how_long_it_will_take(place, fork):
+    _, said = continued(place, fork, "progress", 2, expected_from=2, zero_stage=2)
+    assert any("tokens/s" in line and line.startswith("step 6/6  loss ") and line.endswith("left") for line in said) and finetune.clock_text(3900) == "1 h 05 min"

@@ -468,11 +468,13 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
     model, grown = load_model(config, len(tokenizer))
     rank = int(os.environ.get("RANK", 0))
     whose = functools.cache(lambda: identity(config, encoded.rows))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "runs"))   # one folder, so that the curve of a continued training is one
     resumed, record = choose(state_root(out), whose, rank, config.ranks, say)
     trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl", resumed, whose)
     if resumed:
         trainer.seconds = record["seconds"]
         say(f"continuing from the state of step {record['step']}")
+    elif first: shutil.rmtree(out / "runs", ignore_errors=True)
     ready, start_bytes = time.monotonic(), memory(peak=False)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     trained, peak_bytes = time.monotonic(), memory(peak=True)
