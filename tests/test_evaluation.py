@@ -127,12 +127,13 @@ runner.evaluate({MODEL!r}, {BENCHMARKS!r}, {str(checkpoint)!r}, {str(tmp_path / 
     assert files(tmp_path / "predictions") == files(whole[0] / "predictions") and files(tmp_path / "scores") == files(whole[0] / "scores")
 
 
-@pytest.mark.parametrize("damage", ["torn line", "half a chunk", "another prompt", "bytes that are no JSON"])
+@pytest.mark.parametrize("damage", ["torn line", "half a chunk", "another prompt", "another gold answer", "bytes that are no JSON"])
 def test_damaged_predictions_are_made_again(damage, whole, checkpoint, sources, tmp_path):
     for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
     path = tmp_path / "gsm-direct.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     broken = {"torn line": lines[:8] + [lines[8][:20]], "half a chunk": lines[:7], "bytes that are no JSON": [*lines[:6], b"\xff\xfe{\n", *lines[7:]],
+              "another gold answer": [*lines[:6], lines[6].replace(b'"target": "', b'"target": "1'), *lines[7:]],
               "another prompt": [*lines[:6], lines[6].replace(json.loads(lines[6])["prompt_hash"].encode(), b"0" * 16), *lines[7:]]}[damage]
     path.write_bytes(b"".join(broken))
     report = evaluate(MODEL, BENCHMARKS, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS)

@@ -138,6 +138,17 @@ def test_toxigen_with_a_stand_in(checkpoint, sources, engine, tmp_path):
     assert sorted(score["groups"]) == ["blue_town", "red_town"] and score["n_distinct_prompts"] == 9
 
 
+def test_results_in_the_harness_layout_name_the_stand_in(checkpoint, sources, engine, tmp_path):
+    from tulu_study.evaluation.standalone import evaluate_any
+    wanted = {"toxigen": {"settings": ["default"]}, "truthfulqa": {"settings": ["mc", "generation"]}}
+    evaluate_any(str(checkpoint), wanted, tmp_path, engine="transformers", chunk_size=4, source_root=sources)
+    results, = tmp_path.glob("results_*.json")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    assert any(note.startswith("toxigen: toxicity stand-in, held-out AUC") for note in found["notes"]) and any(note.startswith("truthfulqa: truth and info stand-ins") for note in found["notes"])
+    kinds = {task: config["output_type"] for task, config in found["configs"].items()}
+    assert (kinds["tulu_truthfulqa_mc"], kinds["tulu_truthfulqa_generation"], found["higher_is_better"]["tulu_toxigen_default"]) == ("multiple_choice", "generate_until", {"toxic": False})
+
+
 def test_verdicts_are_kept_and_belong_to_their_judge(checkpoint, sources, engine, tmp_path, monkeypatch):
     run(checkpoint, sources, tmp_path, "toxigen", "default")
     monkeypatch.setattr(stand_ins.StandIn, "ask", lambda self, pairs: pytest.fail("asked again"))

@@ -49,15 +49,17 @@ def checkpoint_hash(folder: str | Path) -> str:
 class Task:
     "One benchmark in one setting for one checkpoint: its requests, its predictions file, its chunks."
 
-    def __init__(self, benchmark, options, chat, chunk_size, predictions_dir, max_prompt_tokens=None):
-        self.benchmark, self.chat, self.chunk_size = benchmark, chat and benchmark.chat_format, chunk_size
+    def __init__(self, benchmark, options, chat, chunk_size, predictions_dir, max_prompt_tokens=None, as_turn=False):
+        self.benchmark, self.chat, self.chunk_size = benchmark, chat and benchmark.chat_format and not as_turn, chunk_size
+        benchmark.as_turn = as_turn
         self.name = f"{benchmark.record.key}-{benchmark.setting}"
         self.path = Path(predictions_dir) / f"{self.name}.jsonl"
         self.store = self.path.with_suffix(".checks.jsonl")
         if benchmark.max_prompt_tokens and max_prompt_tokens:
             benchmark.limit_prompts(min(benchmark.max_prompt_tokens, max_prompt_tokens))
         self.examples = benchmark.examples(options.get("n"), options.get("per_group"))
-        self.prompts = [benchmark.prompt(example, self.chat) for example in self.examples]
+        self.prompts = [benchmark.turn(example) if as_turn else benchmark.prompt(example, self.chat) for example in self.examples]
+        self.stop = benchmark.stop(self.chat or as_turn)
         self.hashes = [prompt_hash(prompt) for prompt in self.prompts]
         self.dropped = sum(benchmark.dropped_shots(example, self.chat) > 0 for example in self.examples)
 
@@ -69,7 +71,7 @@ class Task:
         "Everything besides the prompts that decides a completion."
         b = self.benchmark
         return common | {"benchmark": b.record.key, "setting": b.setting, "version": b.record.version, "protocol": b.protocol, "chat": self.chat,
-                         "chunk_size": self.chunk_size, "kind": b.kind, "max_new_tokens": b.max_new_tokens, "stop": b.stop(self.chat),
+                         "chunk_size": self.chunk_size, "kind": b.kind, "max_new_tokens": b.max_new_tokens, "stop": self.stop,
                          "temperature": b.temperature, "top_p": b.top_p, "n_samples": b.n_samples}
 
     def resume(self, identity: dict) -> int:
@@ -90,12 +92,12 @@ class Task:
         return done
 
     def match(self, lines, start, end) -> bool:
-        "True when these lines are the predictions of examples start..end and their prompts."
+        "True when these lines are the predictions of examples start..end, their prompts and their gold answers."
         if len(lines) != end - start: return False
         for line, example, digest in zip(lines, self.examples[start:end], self.hashes[start:end]):
             try: row = json.loads(line)
             except ValueError: return False
-            if (row.get("example_id"), row.get("prompt_hash")) != (example.id, digest): return False
+            if (row.get("example_id"), row.get("prompt_hash"), row.get("target")) != (example.id, digest, example.target): return False
         return True
 
     def predict(self, engine, start, end) -> list:
@@ -103,7 +105,7 @@ class Task:
         b, prompts = self.benchmark, self.prompts[start:end]
         if b.kind == "options": outputs = engine.option_scores(prompts, b.option_ids(engine.tokenizer))
         elif b.kind == "completions": outputs = engine.completion_scores(prompts, [b.completions(example) for example in self.examples[start:end]])
-        else: outputs = engine.generate(prompts, b.max_new_tokens, b.stop(self.chat), b.temperature, b.top_p, 0, b.n_samples)
+        else: outputs = engine.generate(prompts, b.max_new_tokens, self.stop, b.temperature, b.top_p, 0, b.n_samples)
         failed = [output.error for output in outputs if output.error and output.error.startswith("engine:")]
         if failed and len(failed) == len(outputs):
             raise EngineError(f"{self.name}: every request of examples {start} to {end - 1} failed; the first: {failed[0]}. Nothing of this chunk was stored; the same command continues here")
@@ -181,7 +183,7 @@ def evaluate(
 
     with timing("prompts"):
         limit, tokenizer = (started.max_length, started.tokenizer) if started else length_and_tokenizer(checkpoint_dir, max_length)
-        tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2)
+        tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2, started.as_turn if started else False)
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
         for task in tasks:
             task.benchmark.ready()

@@ -169,7 +169,7 @@ def price(asked, wanted, chat, protocol, source_root, chunk_size, out) -> dict:
     for key, options in wanted.items():
         for setting in options["settings"]:
             b = load_benchmark(key, setting, protocol, source_root, asked.tokenizer)
-            task = Task(b, options, chat, chunk_size, out / "predictions", asked.max_length - 2)
+            task = Task(b, options, chat, chunk_size, out / "predictions", asked.max_length - 2, asked.as_turn)
             part = asked.estimate(task.prompts, b.max_new_tokens, b.n_samples)
             total = {name: total[name] + part[name] for name in total}
     return total | {"dollars": asked.dollars(total["prompt_tokens"], total["completion_tokens"])}
@@ -210,7 +210,7 @@ def harness_results(
         if parts: kept["groups"][task] = kept["results"][task]
         kept["group_subtasks"][task] = list(parts)
         for name, count in {task: score["n"], **{name: group["n"] for name, group in parts.items()}}.items():
-            kept["configs"][name] = {"task": name, "tag": "tulu_study", "dataset_path": record.homepage, "output_type": "multiple_choice" if identity["kind"] == "options" else "generate_until",
+            kept["configs"][name] = {"task": name, "tag": "tulu_study", "dataset_path": record.homepage, "output_type": "generate_until" if identity["kind"] == "generate" else "multiple_choice",
                                      "num_fewshot": setting.n_shot, "metric_list": [{"metric": metric, "aggregation": score["average"], "higher_is_better": better}],
                                      "generation_kwargs": {"until": identity["stop"], "max_gen_toks": identity["max_new_tokens"], "do_sample": identity["temperature"] > 0, "temperature": identity["temperature"],
                                                            "top_p": identity["top_p"]}, "repeats": identity["n_samples"], "metadata": {"version": record.version, "protocol": protocol, "matches": setting.matches}}
@@ -226,7 +226,7 @@ def harness_results(
                               "gen_kwargs": None, "random_seed": first.get("seed"), "numpy_seed": first.get("seed"), "torch_seed": first.get("seed"), "fewshot_seed": 42},
                    "git_hash": git_hash(), "model_source": "local" if folder else "endpoint", "model_name": target.source, "model_name_sanitized": target.name, "chat_template": CHAT_TEMPLATE if first.get("chat") else None, "max_length": identity_of(predictions, first).get("max_length"), "bos": first.get("bos"),
                    "system_instruction": None, "fewshot_as_multiturn": False, "task_hashes": {f"tulu_{s['benchmark']}_{s['setting']}": hash_json([s["prompts_sha256"], s["version"]]) for s in scores},
-                   "made_by": "tulu-study", "notes": sorted({note for s in scores for note in (s.get("engine_note"), s.get("option_scoring"), s.get("stand_in")) if note})}
+                   "made_by": "tulu-study", "notes": sorted({note for s in scores for note in (s["engine_note"], s.get("option_scoring"), f"{s['benchmark']}: {s['stand_in']['words']}" if s["stand_in"] else None) if note})}
 
 
 def identity_of(predictions: Path, score: dict) -> dict:
