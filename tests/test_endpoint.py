@@ -346,6 +346,34 @@ def test_a_run_through_the_runner_resumes_and_is_labelled(server, sources, tmp_p
     for path in tmp_path.rglob("*.json*"): assert KEY not in path.read_text(encoding="utf-8")
 
 
+def test_a_chat_model_is_read_to_its_last_line(server, sources, tmp_path):
+    "The newline ends the answer of a base model; ChatGPT reasons over several lines, and the reference reads them all."
+    server.answer = lambda body: ["First, 8 and 8.\n\nSo the answer is 1."]
+    scores = {}
+    for api in ("completions", "chat"):
+        report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / api, tmp_path / api, sources, engine_for(server, api=api))
+        scores[api] = report.scores[0]["value"]
+    assert scores == {"completions": 0.0, "chat": 12.5} and "stop" not in server.requests[-1] and server.requests[0]["stop"] == ["\n"]
+    assert server.requests[-1]["messages"][0]["content"].endswith("?\nAnswer:"), "the plain prompt is the user's turn"
+
+
+def test_benchmarks_that_ask_chat_models_in_other_words():
+    from tulu_study.evaluation.benchmark import Example
+    from tulu_study.evaluation.codex_eval import CodexEval
+    from tulu_study.evaluation.mgsm import MGSM
+    from tulu_study.evaluation.toxigen import ToxiGen
+    from tulu_study.evaluation.tydiqa import TydiQA
+    codex, toxigen, tydiqa, mgsm = (cls.__new__(cls) for cls in (CodexEval, ToxiGen, TydiQA, MGSM))
+    mgsm.protocol = "paper"
+    for benchmark in (codex, toxigen, tydiqa, mgsm): benchmark.as_turn = True
+    assert toxigen.turn(Example("", "", "", {"text": "- a\n-"})) == "Complete the following: - a\n-"
+    assert codex.turn(Example("", "", "", {"prompt": "def f():\n"})) == "Complete the following python function. Please only output the code for the completed function.\n\n\ndef f():\n"
+    whole = "import math\n\ndef f():\n    return 1\n"
+    assert codex.extract(whole) == whole and (codex.stop(True), toxigen.stop(True), tydiqa.stop(True), mgsm.stop(True)) == ([], [], ["\n"], [])
+    codex.as_turn = False
+    assert codex.extract(whole) == "import math\n"
+
+
 def test_an_outage_stores_nothing_and_the_same_command_continues(server, sources, tmp_path):
     engine = engine_for(server, concurrency=1)
     server.plan = [None, None, None, *["no json"] * 18]

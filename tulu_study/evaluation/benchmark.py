@@ -73,6 +73,7 @@ class Benchmark:
     cue = ""  # begins the assistant's turn in chat format
     max_prompt_tokens = None  # prompts are cut to this length where the benchmark does so, tokens
     chat_format = True  # False: asked in plain form even where the model speaks a chat format
+    as_turn = False  # True: asked of a server that wraps the prompt in a chat format of its own (ChatGPT, GPT-4)
     judge = stand_in = None  # who judges the answers: a published model's name, or the facts of what stands in for it
     per_group = None  # size of the paper's sample of each group; None: the paper does not sample by group
 
@@ -89,8 +90,7 @@ class Benchmark:
             raise ValueError(f"benchmark {record.key}: setting {setting!r} is unknown; choose one of {sorted(record.settings)}")
         if protocol not in ("paper", "fixed"):
             raise ValueError(f"benchmark {record.key}: protocol {protocol!r} is unknown; choose 'paper' or 'fixed'")
-        self.record, self.setting, self.protocol = record, setting, protocol
-        self.source_root, self.tokenizer = source_root, tokenizer
+        self.record, self.setting, self.protocol, self.source_root, self.tokenizer = record, setting, protocol, source_root, tokenizer
         self.n_shot = record.settings[setting].n_shot if n_shot is None else n_shot
         self.load()
 
@@ -125,6 +125,14 @@ def prompt(
 ) -> str:  # what the model sees, without BOS
     "The full prompt of one example."
     return chat_prompt(self.plain_prompt(example), self.cue) if chat else self.plain_prompt(example)
+
+@patch
+def turn(
+    self: Benchmark,
+    example: Example,  # one of `examples()`
+) -> str:  # the user's turn, for a server that has a chat format of its own
+    "What a model behind a chat interface is asked."
+    return self.prompt(example)
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #44232695
 def prompts_hash(

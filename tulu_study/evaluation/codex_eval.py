@@ -99,8 +99,9 @@ class CodexEval(Benchmark):
     def ready(self): sandbox.require()
     def plain_prompt(self, example): return example.fields["prompt"]
     def prompt(self, example, chat=False): return chat_form(example.fields["prompt"], self.protocol) if chat else self.plain_prompt(example)
-    def stop(self, chat=False): return STOPS
-    def extract(self, completion): return cut(completion)
+    def turn(self, example): return f"Complete the following python function. Please only output the code for the completed function.\n\n\n{example.fields['prompt']}"
+    def stop(self, chat=False): return [] if self.as_turn else STOPS
+    def extract(self, completion): return completion if self.as_turn else cut(completion)
 
 # %% ../../nbs/evaluation/07_codex_eval.ipynb #7061a2e4
 def read_problems(

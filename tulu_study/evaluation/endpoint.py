@@ -142,6 +142,8 @@ class EndpointEngine(Engine):
     @property
     def replayed(self) -> bool: return self.mode == "replay"
     @property
+    def as_turn(self) -> bool: return self.record.api == "chat"
+    @property
     def version(self) -> str: return f"endpoint {self.record.model} ({self.record.api}{', replayed' if self.replayed else ''})"
 
     def identity(self) -> dict:

@@ -57,6 +57,7 @@ class Decoding:
 class Engine:
     "Tokenisation, length and error handling that both engines share; a sub-class runs the model."
     name = ""
+    as_turn = False  # True: every prompt becomes the user's turn in a chat format that is not ours to choose
 
     def __init__(
         self,

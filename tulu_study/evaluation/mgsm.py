@@ -85,7 +85,7 @@ class MGSM(Benchmark):
 
     def extract(self, completion): return find_number(completion, self.protocol)
     def correct(self, answer, target): return exact_match(answer, target) if self.protocol == "paper" else same_number(answer, target)
-    def stop(self, chat=False): return [] if chat and self.protocol == "fixed" else ["\n"]
+    def stop(self, chat=False): return [] if self.as_turn or (chat and self.protocol == "fixed") else ["\n"]
 
 # %% ../../nbs/evaluation/06_mgsm.ipynb #70034193
 @patch

@@ -92,7 +92,8 @@ class ToxiGen(Benchmark):
             self.rows += [Example(f"{label}_{group}/{i}", group, "", {"text": text, "label": label, "file": name}) for i, text in enumerate(texts)]
 
     def plain_prompt(self, example): return example.fields["text"]
-    def prompt(self, example, chat=False): return chat_prompt(f"Complete the following: {self.plain_prompt(example)}", "") if chat else self.plain_prompt(example)
+    def turn(self, example): return f"Complete the following: {example.fields['text']}"
+    def prompt(self, example, chat=False): return chat_prompt(self.turn(example), "") if chat else self.plain_prompt(example)
     def stop(self, chat=False): return [] if chat else ["\n"]
     def extract(self, completion): return completion
 
