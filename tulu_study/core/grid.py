@@ -128,7 +128,7 @@ class Grid(dict):
         tokenizer = self.sources/study.tokenizer if self.sources else None
         there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
         for key in dict.fromkeys(parts):
-            self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, source_root=self._source_root(),
+            self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, ngram=study.data.ngram, source_root=self._source_root(),
                       tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None, "tokenizer_files": self._folder(study.tokenizer)})
         for key in dict.fromkeys(d for d in wanted if d in mixes()):
             self._add("mix", key, "mix", dict(mix=key, data_dir=str(self.root/"data")), [f"convert-{p}" for p in mixes()[key].parts], {"record": mixes()[key].model_dump(mode="json")})
