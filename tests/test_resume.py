@@ -70,10 +70,12 @@ def same_bytes(folder, reference):
     (5, dict(zero_stage=0, packing=False, precision="bf16")),
     (3, dict(zero_stage=2, ranks=2, packing=False, loss="microbatch")),
     (1, dict(zero_stage=3, packing=False, family="opt")),   # with dropout
-], ids=["zero2", "zero3-2ranks-bf16", "zero0-padded-bf16", "zero2-2ranks-padded-epoch", "zero3-padded-dropout"])
+    (4, dict(zero_stage=2, precision="bf16", lora={"rank": 4, "dropout": 0.3})),
+], ids=["zero2", "zero3-2ranks-bf16", "zero0-padded-bf16", "zero2-2ranks-padded-epoch", "zero3-padded-dropout", "zero2-lora-dropout"])
 def test_killed_at_any_step_it_continues_to_the_same_bytes(place, fork, train, step, changes):
-    reference = train("whole-" + "-".join(map(str, changes.values())), **changes)
-    folder, _ = continued(place, fork, "cut-" + "-".join(map(str, changes.values())), step, expected_from=step, **changes)
+    name = "-".join(map(str, changes.values())).translate(str.maketrans("", "", "{}': ,"))
+    reference = train(f"whole-{name}", **changes)
+    folder, _ = continued(place, fork, f"cut-{name}", step, expected_from=step, **changes)
     same_bytes(folder, reference)
 
 
@@ -88,6 +90,7 @@ def test_killed_while_it_saves_it_continues_from_the_state_before(place, fork, t
     def prepare(root):
         assert [path.name for path in finished_states(root)] == ["step-00000004", "step-00000003"]   # the newest two
         assert [path.name for path in root.glob(".step-*.part")] == [".step-00000005.part"]
+        assert not list(root.rglob("*.py"))   # DeepSpeed would copy a script, outside of what `collected` guards against a full disk
     folder, _ = continued(place, fork, "sealing", 5, when="sealing", expected_from=4, prepare=prepare, zero_stage=2)
     same_bytes(folder, train("whole-2", zero_stage=2))
 
@@ -229,9 +232,14 @@ def test_a_loss_that_is_no_number_stops_at_that_step_and_names_its_data(place, f
     assert not finished_states(state_root(place / "poisoned")), "a state without a value must not be kept"
 
 
-def test_memory_and_time_are_recorded(train):
+def test_memory_and_time_are_recorded_for_the_plan(train, tmp_path):
+    from tulu_study.planning import measured, measured_text
     seconds = json.loads((train("whole-2", zero_stage=2) / "seconds.json").read_text())
     assert set(seconds) == {"starting", "training", "saving", "verifying", "step", "start_bytes", "peak_bytes"}
+    (tmp_path / "seconds.json").write_text(json.dumps(seconds))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 2244}))
+    took = measured(tmp_path)
+    assert took == {"tokens": 2244, "seconds": seconds["training"], "peak_bytes": seconds["peak_bytes"], "start_bytes": seconds["start_bytes"]} and measured_text(took).endswith(" GB")
     assert 1e8 < seconds["start_bytes"] <= seconds["peak_bytes"] < 1e10 and 0 < seconds["step"] <= seconds["training"]
 
 

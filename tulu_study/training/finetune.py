@@ -218,7 +218,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             if config.packing: self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False   # the weights are those of the whole step
             elif config.loss == "microbatch": self.model_accepts_loss_kwargs = False   # the Trainer then averages micro-batch means
             self.window = torch.zeros(6, dtype=torch.float64)                        # loss, micro-batches, tokens, supervised tokens, ranks that want to save, that were asked to stop
-            self.interrupted, self.seconds, self.step_seconds = False, 0.0, []
+            self.interrupted, self.seconds, self.step_seconds, self.log_file = False, 0.0, [], None
 
         def _get_train_sampler(self, *_): return sampler
 
@@ -274,6 +274,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
                     attempt(problems, lambda: (folder / "latest").write_text(f"global_step{step}"))
                     attempt(problems, lambda: torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt"))
                 attempt(problems, lambda: self.state.save_to_json(str(folder / "trainer_state.json")))
+                attempt(problems, self.log_file.flush)
                 attempt(problems, lambda: shutil.copyfile(log, folder / log.name))
             return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds}, parts, self.args.process_index, config.ranks, f"global_step{step}")
 
@@ -282,10 +283,9 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
         def on_train_begin(self, args, state, control, **_):
             self.begun = self.last = time.monotonic()
             self.shown, self.at, self.clock, self.earlier = 0.0, state.global_step, Clock(config.save_minutes, config.save_steps), trainer.seconds
-            self.file = None
             if args.process_index == 0:
-                log.write_text((resumed / log.name).read_text(encoding="utf-8") if resumed else "", encoding="utf-8")
-                self.file = open(log, "a", encoding="utf-8")
+                log.write_bytes((resumed / log.name).read_bytes() if resumed else b"")
+                trainer.log_file = open(log, "ab", buffering=1 << 20)   # what a full disk does not take now is kept and written later
             say(f"training: {state.max_steps} steps of {config.batch_size} conversations, {len(encoded.rows)} in all, {config.ranks} rank(s), ZeRO {config.zero_stage}, {config.precision}"
                 + (f", from step {self.at} on" if resumed else ""))
 
@@ -301,9 +301,11 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             loss, now = summed / (config.ranks if config.packing or config.loss == "token" else batches), time.monotonic()
             took, self.last, trainer.seconds = now - self.last, now, self.earlier + now - self.begun
             trainer.step_seconds.append(took)
-            if self.file:
-                self.file.write(json.dumps({"step": step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised)}) + "\n")
-                self.file.flush()
+            if trainer.log_file:
+                row = {"step": step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised)}
+                trainer.log_file.write(json.dumps(row).encode() + b"\n")
+                try: trainer.log_file.flush()
+                except OSError as error: say(f"warning: {log.name} cannot be written now ({error}): free some space; training goes on")
             if not math.isfinite(loss): raise TrainingError(not_finite(config, f"the loss became {loss} at step {step}", step_ids(config, encoded, sampler, step)))
             if config.watchers: trainer.log({"loss": loss, "learning_rate": self.rate, "tokens_per_second": tokens / max(took, 1e-9)})
             if now - self.shown > 5 or step in (self.at + 1, state.max_steps):
@@ -319,7 +321,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             if stopping: trainer.interrupted = control.should_training_stop = True
 
         def on_train_end(self, args, state, control, **_):
-            if self.file: self.file.close()
+            if trainer.log_file: trainer.log_file.close()
 
     rows, collate = Rows(encoded.rows, tokenizer.pad_token_id), DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=IGNORED)
     if config.packing: rows, collate = Packs(encoded.rows), lambda packs: flatten(packs[0], tokenizer.pad_token_id)
