@@ -368,3 +368,27 @@ def test_a_watcher_that_is_not_installed_is_refused(place, monkeypatch):
 def test_progress_says_how_long_it_will_take(place, fork):
     _, said = continued(place, fork, "progress", 2, expected_from=2, zero_stage=2)
     assert any("tokens/s" in line and line.startswith("step 6/6  loss ") and line.endswith("left") for line in said) and finetune.clock_text(3900) == "1 h 05 min"
+
+
+# ---- what is saved under ZeRO-3
+
+def one_rank_short(path, spoken):
+    "Lose half of a matrix while the shards are gathered, as a rank that was left out would."
+    from accelerate import Accelerator
+    gather = Accelerator.get_state_dict
+    def short(*args, **kwargs):
+        state = gather(*args, **kwargs)
+        if state: state["model.layers.1.mlp.up_proj.weight"][48:] = 0
+        return state
+    Accelerator.get_state_dict = short
+    sys.stderr = open(spoken + os.environ["RANK"], "w")
+    return spoken_main(path, spoken + ".said")
+
+
+def test_a_zero_3_checkpoint_is_read_again_and_compared(place, fork):
+    config = settings(place, "short", zero_stage=3, save_steps=3)
+    (place / "short").mkdir()
+    fork(one_rank_short, str(config.save(place / "short.json")), str(place / "short.err"), status=1)
+    said = (place / "short.err0").read_text()
+    assert "is not the trained model" in said and "up_proj" in said and "Run the cell again" in said
+    assert [path.name for path in finished_states(state_root(place / "short"))] == ["step-00000006", "step-00000003"], "the state stays until the checkpoint is verified"
