@@ -141,6 +141,17 @@ def test_damaged_predictions_are_made_again(damage, whole, checkpoint, sources, 
     assert path.read_bytes() == (whole[0] / "predictions" / "gsm-direct.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("name, content, said", [
+    ("test.jsonl", '{"question": "How many?"}\n', "gsm test.jsonl: 1 of 1 rows cannot be used"),
+    ("test.jsonl", '{"question": "How many?", "answer": "#### nan"}\n', "gsm test.jsonl row 0: the answer ends in"),
+    ("cot_exemplars.json", '[{"quest', "gsm cot_exemplars.json: no JSON"), ("cot_exemplars.json", '[{"question": "How many?"}]', "gsm cot_exemplars.json: 1 of 1 rows")])
+def test_damaged_gsm_files_are_named(name, content, said, sources, tmp_path):
+    import shutil
+    from tulu_study.evaluation import load_benchmark
+    write_atomic(shutil.copytree(sources, tmp_path / "sources") / "gsm8k" / name, content)
+    with pytest.raises(ValueError, match=said): load_benchmark("gsm", "cot", source_root=tmp_path / "sources")
+
+
 def test_other_settings_do_not_reuse_predictions(whole, checkpoint, sources, tmp_path):
     for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
     report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS | {"dtype": "bfloat16"})

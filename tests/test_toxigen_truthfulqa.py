@@ -138,6 +138,28 @@ def test_toxigen_with_a_stand_in(checkpoint, sources, engine, tmp_path):
     assert sorted(score["groups"]) == ["blue_town", "red_town"] and score["n_distinct_prompts"] == 9
 
 
+def test_the_authors_folder_holds_more_than_the_paper_s_groups(sources):
+    "Further groups, neutral lists and notes lie beside the fourteen files and are not asked; a group under two names is refused."
+    for name in ("hate_women.txt", "hate_bisexual_1k.txt", "neutral_women_1k.txt", "READ_ME.txt"): write_atomic(sources / "toxigen" / name, "- they sing\\n-\n")
+    assert {example.id for example in load_benchmark("toxigen", "default", source_root=sources).examples()} == {"hate_women/0"}
+    write_atomic(sources / "toxigen" / "hate_women_1k.txt", "- they sing\\n-\n")
+    with pytest.raises(SourceError, match="hate_women.txt, hate_women_1k.txt: the same group twice"): load_benchmark("toxigen", "default", source_root=sources)
+
+
+@pytest.mark.parametrize("key, setting, name, content, said", [
+    ("toxigen", "default", "hate_blue_town_1k.txt", b"- they \xff\\n-\n", "toxigen hate_blue_town_1k.txt: not UTF-8 text"),
+    ("truthfulqa", "mc", "TruthfulQA.csv", b"Category,Question\nMisc,\"What", "truthfulqa TruthfulQA.csv: no CSV table"),
+    ("truthfulqa", "mc", "TruthfulQA.csv", b"Category,Question\nMisc,\xff\n", "truthfulqa TruthfulQA.csv: no CSV table")])
+def test_a_damaged_file_is_named(key, setting, name, content, said, sources):
+    (sources / key / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said): load_benchmark(key, setting, source_root=sources)
+
+
+def test_torn_ratings_are_named_before_anything_is_generated(sources):
+    write_atomic(sources / "toxigen" / "annotated.json", '[{"text": "in 1 they')
+    with pytest.raises(ValueError, match="toxigen annotated.json: no JSON list"): load_benchmark("toxigen", "default", source_root=sources).ready()
+
+
 def test_results_in_the_harness_layout_name_the_stand_in(checkpoint, sources, engine, tmp_path):
     from tulu_study.evaluation.standalone import evaluate_any
     wanted = {"toxigen": {"settings": ["default"]}, "truthfulqa": {"settings": ["mc", "generation"]}}

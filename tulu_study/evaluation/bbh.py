@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.sources import SourceError, fetch
-from .benchmark import Benchmark, Example, chat_prompt, check_rows, local_files, register
+from .benchmark import Benchmark, Example, chat_prompt, check_rows, local_files, read_text, register
 from .gsm import same_number
 from .metrics import exact_match
 
@@ -40,7 +40,9 @@ def read_task(
 ) -> list:  # of dict with input and target
     "The questions of one task. Raises ValueError that names the file and every bad row."
     where = f"bbh {path.name}"
-    try: rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
+        if not isinstance(rows, list): raise TypeError(f"`examples` is a {type(rows).__name__}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: no JSON object with a list `examples` ({type(error).__name__}: {error}). A copy or download was probably cut off: get the file again") from None
     return check_rows(rows, ("input", "target"), where)
@@ -102,7 +104,7 @@ class BBH(Benchmark):
     def load(self):
         self.rows, self.few_shot, self.per_group = [], {}, self.record.options.get("per_group")
         for task, (questions, prompts) in task_files(self.record, self.source_root).items():
-            self.few_shot[task] = few_shot_text(prompts.read_text(encoding="utf-8"), self.setting, self.n_shot, f"bbh {prompts.name}")
+            self.few_shot[task] = few_shot_text(read_text(prompts, f"bbh {prompts.name}"), self.setting, self.n_shot, f"bbh {prompts.name}")
             self.rows += [Example(f"{task}/{i}", task, row["target"], row) for i, row in enumerate(read_task(questions))]
 
     def extract(self, completion): return find_answer(completion, self.protocol)

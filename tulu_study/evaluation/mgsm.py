@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.sources import SourceError, fetch
-from .benchmark import Benchmark, Example, chat_prompt, check_rows, draw, local_files, register
+from .benchmark import Benchmark, Example, chat_prompt, check_rows, draw, local_files, read_text, register
 from .gsm import NUMBER_PAPER, join_thousands, last_number, same_number
 from .metrics import exact_match
 
@@ -40,7 +40,7 @@ def read_questions(
 ) -> list:  # of dict: question, answer
     "The questions of one language. Raises ValueError that names the file and the bad rows."
     where, rows = f"mgsm {path.name}", []
-    for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+    for line in filter(str.strip, read_text(path, where).split("\n")):
         cells = line.strip().split("\t")
         number = len(cells) == 2 and join_thousands(cells[1]).lstrip("-").replace(".", "", 1).isdigit()
         rows.append({"question": cells[0], "answer": cells[1]} if number else line)
@@ -51,13 +51,14 @@ def read_exemplars(
     path: Path,  # exemplars.py or exemplars.json
 ) -> dict:  # language -> list of {q, a}, in the file's order
     "The worked examples of every language, as published. Raises ValueError where the file is not as expected."
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, f"mgsm {path.name}")
     try:
         if path.suffix == ".json": found = json.loads(text)
         else: found = next(ast.literal_eval(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign) and node.targets[0].id == "MGSM_EXEMPLARS")
-        return {language: check_rows(list(shots.values()), ("q", "a"), f"mgsm {path.name}, {language}") for language, shots in found.items()}
-    except (SyntaxError, StopIteration, AttributeError, json.JSONDecodeError) as error:
+        listed = {language: list(shots.values()) for language, shots in found.items()}
+    except (SyntaxError, StopIteration, AttributeError, ValueError) as error:
         raise ValueError(f"mgsm {path.name}: expected {{language: {{'1': {{'q', 'a'}}}}}}, in Python under the name MGSM_EXEMPLARS ({type(error).__name__}: {error}). Get the file again") from None
+    return {language: check_rows(shots, ("q", "a"), f"mgsm {path.name}, {language}") for language, shots in listed.items()}
 
 # %% ../../nbs/evaluation/06_mgsm.ipynb #b9e66bc7
 def find_number(

@@ -158,7 +158,9 @@ def read_questions(
 ) -> list:  # of dict, with the columns of the file
     "The questions. Raises ValueError that names missing columns or rows that cannot be used."
     import pandas as pd
-    table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=protocol == "paper")
+    try: table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=protocol == "paper")
+    except (UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise ValueError(f"truthfulqa {Path(path).name}: no CSV table in UTF-8 ({error}). A copy or download was probably cut off: get the file again") from None
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise ValueError(f"truthfulqa {Path(path).name}: no column {', '.join(missing)}; found {', '.join(map(str, table.columns))}. Get the file again")
     rows = [{name: value if isinstance(value, str) else "" for name, value in row.items()} for row in table.to_dict("records")]

@@ -32,7 +32,7 @@ TEMPLATES = {
 # %% ../../nbs/evaluation/05_tydiqa.ipynb #354e7869
 def flatten(
     content: dict,  # a file: {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text"}]}]}]}]}
-) -> list:  # of dict: id, language, context, question, answers (list of text), answer (the first)
+) -> list:  # of dict: id, language, context, question, answers (list of text), answer (the first; None where one is no text)
     "One row per question, in file order."
     rows = []
     for article in content["data"]:
@@ -40,7 +40,7 @@ def flatten(
             for asked in paragraph["qas"]:
                 answers = [answer["text"] for answer in asked.get("answers") or []]
                 rows.append({"id": asked.get("id"), "language": str(asked.get("id")).split("-")[0], "context": paragraph.get("context"),
-                             "question": asked.get("question"), "answers": answers, "answer": next(iter(answers), None)})
+                             "question": asked.get("question"), "answers": answers, "answer": answers[0] if answers and all(isinstance(text, str) for text in answers) else None})
     return rows
 
 # %% ../../nbs/evaluation/05_tydiqa.ipynb #bace880a
