@@ -112,6 +112,13 @@ def test_a_broken_source_says_which_file_and_what_to_do(root, key, setting, name
     assert any(advice in str(caught.value) for advice in ("et the file again", "Copy both folders", "Remove or rename"))
 
 
+@pytest.mark.parametrize("key, setting", [("bbh", "direct"), ("tydiqa", "closed_book"), ("mgsm", "cot")])
+def test_impossible_numbers_are_refused(root, key, setting):
+    with pytest.raises(ValueError, match="n_shot is -1; expected 0 or more"): load_benchmark(key, setting, source_root=root, n_shot=-1)
+    for per_group in (0, -2):
+        with pytest.raises(ValueError, match=f"per_group is {per_group}; expected None or a positive"): load_benchmark(key, setting, source_root=root).examples(per_group=per_group)
+
+
 @pytest.mark.parametrize("answer, target, right", [("-3", "3", 0), ("3.0", "3", 1), ("30", "3.0", 0), ("< >", "> <", 0), ("[]", "[ ]", 1), ("yes.", "Yes", 1), ("NaN", "3", 0), ("", "] ]", 0)])
 def test_fixed_equality_of_bbh(answer, target, right):
     assert same_answer(answer, target) == right

@@ -155,6 +155,10 @@ def test_a_damaged_file_is_named(key, setting, name, content, said, sources):
     with pytest.raises(ValueError, match=said): load_benchmark(key, setting, source_root=sources)
 
 
+def test_the_number_of_examples_is_the_preset_s(sources):
+    with pytest.raises(ValueError, match="n_shot is 0, but the examples belong to the preset .6 of them"): load_benchmark("truthfulqa", "mc", source_root=sources, n_shot=0)
+
+
 def test_torn_ratings_are_named_before_anything_is_generated(sources):
     write_atomic(sources / "toxigen" / "annotated.json", '[{"text": "in 1 they')
     with pytest.raises(ValueError, match="toxigen annotated.json: no JSON list"): load_benchmark("toxigen", "default", source_root=sources).ready()

@@ -97,10 +97,10 @@ class Benchmark:
     ):
         if setting not in record.settings:
             raise ValueError(f"benchmark {record.key}: setting {setting!r} is unknown; choose one of {sorted(record.settings)}")
-        if protocol not in ("paper", "fixed"):
-            raise ValueError(f"benchmark {record.key}: protocol {protocol!r} is unknown; choose 'paper' or 'fixed'")
+        if protocol not in ("paper", "fixed"): raise ValueError(f"benchmark {record.key}: protocol {protocol!r} is unknown; choose 'paper' or 'fixed'")
         self.record, self.setting, self.protocol, self.source_root, self.tokenizer = record, setting, protocol, source_root, tokenizer
         self.n_shot = record.settings[setting].n_shot if n_shot is None else n_shot
+        if self.n_shot < 0: raise ValueError(f"benchmark {record.key}: n_shot is {n_shot}; expected 0 or more exemplars")
         self.load()
 
     def load(self): "Read the source files."
@@ -166,6 +166,7 @@ def examples(
     "The questions to ask, in order. Raises ValueError for a wrong `n` or `per_group`."
     if not (n is None or n == "all" or (isinstance(n, int) and n > 0)):
         raise ValueError(f"benchmark {self.record.key}: n is {n!r}; expected None, 'all' or a positive number")
+    if per_group is not None and per_group < 1: raise ValueError(f"benchmark {self.record.key}: per_group is {per_group}; expected None or a positive number")
     stream = random.Random(42)
     if n is None and per_group is None: n, per_group = self.record.n, self.per_group
     pool = self.rows if per_group is None else self.sample_groups(per_group, stream)

@@ -6,6 +6,8 @@ say how many BOS tokens a prompt begins with (`bos` is "server"), and log-probab
 * Asked politely: a bounded number of requests in flight, evenly spaced within the limits on requests and tokens a minute. What may succeed later
   (throttling, server errors, lost connections, timeouts, answers that are no JSON) is tried again, after doubling waits with jitter, and never before the moment that
   `Retry-After` names. A refused key or an unknown model ends the run at once: no further request could succeed.
+* A chat API (ChatGPT, GPT-4) wraps the prompt in a format of its own, so nothing is cut at a newline there and two benchmarks ask in other words
+  (`Benchmark.as_turn`), as the reference does for these models.
 * Failed requests are errors of their example, never an empty answer. An empty text counts as an answer only where the server says that the
   model itself stopped there.
 * Recorded: `recording="record"` keeps every answer in a JSON-lines file under the hash of its request, and asks only for what is not there yet; `"replay"` answers from that

@@ -40,7 +40,7 @@ def checkpoint_hash(folder: str | Path) -> str:
     "Hash of the files that decide what a checkpoint says: weights, config, tokenizer."
     folder = Path(folder)
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".model") or p.name in (
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"))
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"))
     if "config.json" not in names:
         raise FileNotFoundError(f"{folder} holds no config.json (found {', '.join(names) or 'nothing'}); expected a Hugging Face model folder")
     return hash_json([[name, sha256_file(folder / name)] for name in names])

@@ -184,6 +184,7 @@ class TruthfulQA(Benchmark):
     def load(self):
         options = self.record.options | self.record.settings[self.setting].options
         self.kind, self.judges = "completions" if self.setting == "mc" else "generate", None
+        if self.n_shot != self.record.settings[self.setting].n_shot: raise ValueError(f"truthfulqa: n_shot is {self.n_shot}, but the examples belong to the preset ({self.record.settings[self.setting].n_shot} of them); change the option preset of the record, to null for none")
         self.preset = options["preset"]
         self.before = preset_text(self.record, self.preset, self.source_root)
         self.questions = read_questions(fetch(self.record, names=["TruthfulQA.csv"], root=self.source_root)["TruthfulQA.csv"], self.protocol)
