@@ -128,6 +128,13 @@ def test_cut_off_completions_are_counted_as_such(server):
     assert engine_for(server).generate(["x"], 8)[0].finish == ["length"]
 
 
+def test_half_a_character_at_the_end_can_be_kept(server, tmp_path):
+    "A server that counts tokens may cut an emoji in two; JSON can say so, a file cannot hold it."
+    server.answer = lambda body: ["Yes \U0001f600 and \ud83d"]
+    output, = engine_for(server, recording="record", recordings=tmp_path / "answers.jsonl").generate(["x"], 8)
+    assert output.texts == ["Yes \U0001f600 and \ufffd"] and "\ufffd" in (tmp_path / "answers.jsonl").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("wrong", [(500, None), (503, None), "killed", "half", "no json", "no choices", (429, None)], ids=str)
 def test_what_may_succeed_later_is_tried_again_with_growing_waits(server, wrong):
     server.plan, waits = [wrong] * 3, []

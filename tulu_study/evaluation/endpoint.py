@@ -301,7 +301,7 @@ class EndpointEngine(Engine):
         chat = self.record.api == "chat"
         texts = [choice["message"]["content"] if chat else choice["text"] for choice in choices]
         if not all(text is None or isinstance(text, str) for text in texts): raise TypeError("a completion is no text")
-        return {"texts": texts, "finish": [choice.get("finish_reason") for choice in choices], "top": first_token(choices[0].get("logprobs"), chat),
+        return {"texts": [whole(text) for text in texts], "finish": [choice.get("finish_reason") for choice in choices], "top": first_token(choices[0].get("logprobs"), chat),
                 "prompt_tokens": usage.get("prompt_tokens"), "completion_tokens": usage.get("completion_tokens") if usage.get("prompt_tokens") is not None else None,
                 "model": value.get("model")}
 
@@ -340,14 +340,19 @@ class EndpointEngine(Engine):
         return self.usage | {"dollars": self.dollars(self.usage["prompt_tokens"], self.usage["completion_tokens"])}
 
 
+def whole(text: str | None) -> str | None:
+    "A text without halves of characters: an answer that is cut off in the middle of an emoji ends in one, and no file can hold it."
+    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def first_token(logprobs, chat: bool) -> list | None:
     "Texts and log-probabilities that the server lists for the first generated token; None where it lists none."
     if not logprobs: return None
     if chat or logprobs.get("content"):
         content = logprobs.get("content") or []
-        return [[row["token"], row["logprob"]] for row in content[0]["top_logprobs"]] if content else None
+        return [[whole(row["token"]), row["logprob"]] for row in content[0]["top_logprobs"]] if content else None
     rows = logprobs.get("top_logprobs") or []
-    return [[text, value] for text, value in rows[0].items()] if rows and rows[0] else None
+    return [[whole(text), value] for text, value in rows[0].items()] if rows and rows[0] else None
 
 
 def retry_after(headers) -> float | None:
