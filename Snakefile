@@ -24,7 +24,7 @@ def gpus(stage):
 def slurm(stage):
     "Nodes, tasks, processors and GPUs of a cell as Slurm's plugin wants to hear them; nothing for cells that run here."
     def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}"], GRID.site.threads)[name]
-    return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra")} if SLURM else {}
+    return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra", "mem_mb")} if SLURM else {}
 
 
 wildcard_constraints:

@@ -51,8 +51,8 @@ def test_several_nodes_without_slurm(place, slurm):
 
 def test_resources(tmp_path):
     cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
-    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8"}
-    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1"}
+    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8", "mem_mb": 0}
+    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1", "mem_mb": 0}
     assert slurm_resources(cell(0))["slurm_extra"] == ""
 
 

@@ -60,9 +60,9 @@ def slurm_resources(
     cell: Cell,   # with gpus and nodes
     threads: int = 1,   # of one rank
 ) -> dict:        # names of snakemake-executor-plugin-slurm
-    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun."
+    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun; `mem_mb` 0 leaves memory to the site, where the default would be 1 GB."
     each = -(-cell.gpus // cell.nodes)
-    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each else ""}
+    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each else "", "mem_mb": 0}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tulu_study.core.files import read_jsonl, write_atomic
 from tulu_study.core.process import die_with_parent
+from .cards import model_card
 from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded, encode_all
 from .lora import adapter_weights, merge, quantised, wrap
@@ -392,14 +393,6 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
     write_atomic(out / "README.md", model_card(config, facts))
     write_atomic(out / "trained.json", json.dumps({**facts, "settings": config.science(), "tokenizer_length": len(tokenizer),
                                                    "parameters": sum(n["size"] for n in norms.values()), "tensors": norms}, indent=1))
-
-
-def model_card(config: FinetuneConfig, facts: dict) -> str:
-    "A short README for the checkpoint."
-    table = "\n".join(f"| {name} | {value} |" for name, value in config.science().items() if name not in ("model", "size"))
-    return (f"# {config.model or 'fine-tuned model'}\n\n{config.base or 'A base model'} fine-tuned on {config.data or 'conversations'} in the Tülu chat format, "
-            f"by the study of \"How Far Can Camels Go?\" (arXiv 2306.04751).\n\n{facts['conversations']} conversations, {facts['steps']} optimiser steps, "
-            f"{facts['tokens']} tokens, {facts['supervised_tokens']} of them supervised. Licences of the base model and of the data apply.\n\n| setting | value |\n|---|---|\n{table}\n")
 
 
 # ---- the process
