@@ -152,6 +152,19 @@ def test_damaged_gsm_files_are_named(name, content, said, sources, tmp_path):
     with pytest.raises(ValueError, match=said): load_benchmark("gsm", "cot", source_root=tmp_path / "sources")
 
 
+def test_a_question_that_occurs_twice_is_refused_before_generating(checkpoint, sources, tmp_path, monkeypatch):
+    "Two models are compared question by question; the tables would refuse the predictions after everything had run."
+    from tulu_study.evaluation.gsm import GSM
+    once = GSM.load
+    def twice(self):
+        once(self)
+        self.rows += self.rows[:2]
+    monkeypatch.setattr(GSM, "load", twice)
+    with pytest.raises(ValueError, match="gsm-direct: 2 ids occur more than once among the questions .test-0, test-1.*Remove the repeated rows"):
+        evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": "all"}}, checkpoint, tmp_path, tmp_path, sources, **OPTIONS)
+    assert not any(tmp_path.iterdir())
+
+
 def test_other_settings_do_not_reuse_predictions(whole, checkpoint, sources, tmp_path):
     for name, content in files(whole[0] / "predictions").items(): write_atomic(tmp_path / name, content)
     report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path, tmp_path / "scores", sources, **OPTIONS | {"dtype": "bfloat16"})

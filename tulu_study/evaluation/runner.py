@@ -58,6 +58,8 @@ class Task:
         if benchmark.max_prompt_tokens and max_prompt_tokens:
             benchmark.limit_prompts(min(benchmark.max_prompt_tokens, max_prompt_tokens))
         self.examples = benchmark.examples(options.get("n"), options.get("per_group"))
+        twice = [name for name, count in Counter(example.id for example in self.examples).items() if count > 1]
+        if twice: raise ValueError(f"{self.name}: {len(twice)} ids occur more than once among the questions ({', '.join(twice[:3])}); expected every id once, as answers are compared by it. Remove the repeated rows from the benchmark's files")
         self.prompts = [benchmark.turn(example) if as_turn else benchmark.prompt(example, self.chat) for example in self.examples]
         self.stop = benchmark.stop(self.chat or as_turn)
         self.hashes = [prompt_hash(prompt) for prompt in self.prompts]

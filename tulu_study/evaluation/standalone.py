@@ -41,7 +41,7 @@ def evaluate_any(
     benchmarks: str | dict = "gsm,mmlu",  # "gsm,mmlu:5shot,bbh:cot+direct"; or key -> {"settings": […], "n": …, "per_group": …}
     out_dir: str | Path = "evaluation",  # gets predictions, scores and the results file
     n: int | None = None,  # examples of each benchmark; None: the paper's sample
-    per_group: int | None = None,  # examples of each subject, task or language
+    per_group: int | None = None,  # examples of each subject, task or language; a benchmark without groups (gsm) refuses it
     chat: bool | None = None,  # Tülu chat format; None: where the tokenizer has a chat template (never for an endpoint)
     engine: str = "",  # "vllm", "transformers", "auto"; "": the site's setting
     dtype: str = "bfloat16",  # "float32" or "bfloat16"
@@ -81,7 +81,7 @@ def evaluate_any(
 def parse_benchmarks(
     wanted: str | dict,  # "gsm,mmlu:5shot,bbh:cot+direct": without a setting, all of them
     n: int | None = None,  # examples of each
-    per_group: int | None = None,  # examples of each group, where a benchmark has groups
+    per_group: int | None = None,  # examples of each group; a benchmark without groups refuses it
 ) -> dict:  # key -> {"settings", "n", "per_group"}, in the order given
     "Read which benchmarks are wanted. Raises ValueError that names everything unknown at once."
     if isinstance(wanted, dict): return wanted
