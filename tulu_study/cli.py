@@ -232,7 +232,7 @@ def evaluate(
     report = evaluate_any(model, benchmarks, out, n=n or None, per_group=per_group or None, chat={"auto": None, "yes": True, "no": False}[chat], engine=engine, dtype=dtype, protocol=protocol,
                           served=served, api=api, recording=recording, max_dollars=max_dollars or None)
     value = lambda score: "–" if score["value"] is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
-    print(_table([[s["benchmark"], s["setting_name"], value(s), str(s["n"]), str(s["n_errors"]), s["stand_in"]["name"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "n", "failed", "stand-in judge"]))
+    print(_table([[s["benchmark"], s["setting_name"], value(s), str(s["n"]), str(s["n_errors"]), s["stand_in"]["words"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "n", "failed", "stand-in judge"]))
     for s in report.scores:
         if s["n_errors"]: print(f"{s['benchmark']} {s['setting_name']}: {s['n_errors']} of {s['n_examples']} failed ({'; '.join(s['errors'])}); each is in its predictions file")
     print(f"\n{report.made} predictions made, {report.kept} kept from before; everything is in {os.path.relpath(out)}")
