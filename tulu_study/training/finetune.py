@@ -174,7 +174,8 @@ def training_arguments(config: FinetuneConfig, cuda: bool, accumulation: int | N
         num_train_epochs=config.epochs, learning_rate=config.learning_rate, weight_decay=config.weight_decay, adam_beta1=0.9, adam_beta2=0.999,
         adam_epsilon=1e-8, max_grad_norm=1.0, bf16=config.precision == "bf16", deepspeed=None if config.lora.get("qlora") else deepspeed_config(config, cuda, accumulation), use_cpu=not cuda,
         seed=config.seed, data_seed=config.seed, report_to=config.watchers or "none", run_name=config.model or Path(config.out_dir).name, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=cuda, average_tokens_across_devices=True, **checkpointing)
+        remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=cuda, average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False, **checkpointing)   # without DeepSpeed: every trained matrix takes part in every pass
 
 
 def parameter_groups(model, weight_decay: float) -> list[dict]:
