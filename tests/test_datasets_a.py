@@ -1,4 +1,5 @@
 """SuperNI, Flan V2, Self-instruct and Unnatural Instructions under bad input, and the drawing of FLAN's submixes."""
+import gzip
 import json
 import random
 
@@ -59,6 +60,9 @@ def test_a_sub_sample_is_numbered_from_nought_and_more_than_there_is_is_refused(
     assert [row["id"] for row in rows_of(tmp_path / "out", key)] == [f"{key}_{n}" for n in range(4)]
     with pytest.raises(DatasetError, match="found 9 usable records"):
         convert(key, root, tmp_path / "out", num_examples=10)
+    for wrong in (-1, "4", 1.5):
+        with pytest.raises(DatasetError, match="expected a whole number"):
+            convert(key, root, tmp_path / "out", num_examples=wrong)
 
 
 def ni_task(name, n, **more):
@@ -123,6 +127,28 @@ def test_super_ni_names_all_absent_tasks_at_once_and_never_asks_for_leaking_ones
     with pytest.raises(SourceError, match="2 of the 3 task files .* missing: tasks/task7_gone.json, tasks/task9_gone.json.*Clone") as caught:
         convert(record, root, tmp_path / "out")
     assert "mmmlu" not in str(caught.value) and not (tmp_path / "out/super_ni/super_ni_data.jsonl").exists()
+
+
+@pytest.mark.parametrize("damage, said", [(lambda text: gzip.compress(text)[:-9], "unpacked only in part"), (lambda text: text + b"task\x00nul\n", "1 lines that name no task, such as 'task.x00nul'"),
+                                          (lambda text: text + b"../secret\n" + b"x" * 300, "2 lines that name no task"), (lambda text: b"\xff\xfe" + text, "name no task")])
+def test_a_damaged_task_list_is_an_error_that_says_so(damage, said, tmp_path):
+    root = lay_tasks(tmp_path, {"task1": ni_task("task1", 3)})
+    (path,) = root.rglob("train_tasks.txt")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SourceError, match=said):
+        convert("super_ni", root, tmp_path / "out")
+    assert not list((tmp_path / "out/super_ni").glob("*"))
+
+
+@pytest.mark.parametrize("damage, said", [(lambda text: gzip.compress(text)[:-9], "unpacked only in part"), (lambda text: text + b"task\x00nul\n", "1 lines that name no task, such as 'task.{4}nul'"),
+                                          (lambda text: text + b"../secret\n" + b"x" * 300, "2 lines that name no task"), (lambda text: b"\xff\xfe" + text, "name no task")])
+def test_a_damaged_task_list_is_an_error_that_says_so(damage, said, tmp_path):
+    root = lay_tasks(tmp_path, {"task1": ni_task("task1", 3)})
+    (path,) = root.rglob("train_tasks.txt")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SourceError, match=said):
+        convert("super_ni", root, tmp_path / "out")
+    assert not list((tmp_path / "out/super_ni").glob("*"))
 
 
 def lay_submixes(folder, mix, lines, nested=False):

@@ -102,6 +102,15 @@ def test_rows_that_are_no_rows_of_a_mixture_are_rejected(mixture, bad, reason):
     assert report.reasons == {reason: 1} and report.n_out == 21
 
 
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "", ".", "x" * 200])
+def test_a_part_that_would_leave_its_folder_is_rejected(mixture, name):
+    folder, rows = mixture
+    pd.DataFrame([{**rows[0], "dataset": name}, rows[3]]).to_parquet(folder / "hub" / datasets()["tulu_v1"].files[0].name)
+    assert sum(report.n_out for report in split_mixture(folder / "hub", folder / "parts").values()) == 21
+    assert [reject["reason"] for reject in read_jsonl(folder / "parts/tulu_v1_rejects.jsonl")] == ["bad_name"]
+    assert not list(folder.glob("outside")) and {path.name for path in (folder / "parts").iterdir()} == {"dolly", "sharegpt", "tulu_v1_rejects.jsonl"}
+
+
 def test_the_numbers_of_the_reconciliation_are_the_published_ones():
     with open(params_dir() / "published" / "table1.csv", encoding="utf-8") as file:
         printed = {row["row"]: int(row["value"]) for row in csv.DictReader(file) if row["benchmark"] == "n_instances"}

@@ -93,6 +93,16 @@ def test_an_item_without_end_is_too_large_and_not_read_into_memory(tmp_path, mon
     assert [(row.row, row.reason) for row in found] == [(1, ""), (2, "too_large")] and len(found[1].raw) <= 500
 
 
+def test_the_text_of_a_rejected_list_item_is_its_own_and_not_its_neighbours(tmp_path, monkeypatch):
+    rows = [{"instruction": "x" * n, "output": None} for n in (1, 40, 700)] * 30
+    source = lay(tmp_path, "stanford_alpaca", "alpaca_data.json", json.dumps(rows).encode())
+    for workers in (1, 2):
+        convert("stanford_alpaca", source, tmp_path / "out", workers=workers)
+        found = [row["raw"] for row in read_jsonl(tmp_path / "out" / "stanford_alpaca" / "rejects.jsonl")]
+        assert found == [json.dumps(row)[:500] for row in rows]
+        monkeypatch.setattr(streams.blocks_of, "__defaults__", (1000,))
+
+
 def test_roles_that_do_not_alternate_are_counted_and_named(tmp_path):
     talks = [["user", "assistant"], ["user", "user", "assistant"], ["assistant", "user"], ["user"], ["user", "assistant"] * 2]
     record = Dataset(key="talks", name="Talks", folder="talks", files=[SourceFile(name="t.jsonl")], licence="CC0", authors="this test")

@@ -161,6 +161,8 @@ def sampled(
     "Draw `n` items without replacement, as the reference's optional sub-sampling does; DatasetError when there are fewer."
     if not n:
         return items
+    if not isinstance(n, int) or n < 0:
+        raise DatasetError(f"found {n!r} for num_examples, expected a whole number of records, or nothing for all of them")
     if n > len(items := list(items)):
         raise DatasetError(f"found {len(items)} usable records, expected at least the {n} that num_examples asks for; ask for fewer")
     return rng.sample(items, n)

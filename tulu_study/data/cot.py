@@ -6,7 +6,7 @@
 __all__ = ['read_inputs_targets', 'convert_cot']
 
 # %% ../../nbs/data/04_cot.ipynb #c5cb67b4
-from .conversion import converter
+from .conversion import DatasetError, converter
 from .reading import text_of
 
 # %% ../../nbs/data/04_cot.ipynb #319499b8
@@ -36,6 +36,8 @@ def convert_cot(
     num_few_shot_examples: int = 50_000,
 ):  # yields (number, messages)
     "Sample both files and end each question's line."
+    if bad := [n for n in (num_zero_shot_examples, num_few_shot_examples) if not isinstance(n, int) or n < 0]:
+        raise DatasetError(f"cot: found {bad[0]!r} examples, expected a whole number from 0")
     wanted = [num_zero_shot_examples if num_few_shot_examples > 0 or protocol == "fixed" else 0, num_few_shot_examples]
     pairs = [pair for file, n in zip(raw.files, wanted) for pair in _drawn(raw.items(file, read_inputs_targets), n, rng)]
     for i, (prompt, answer) in enumerate(pairs):

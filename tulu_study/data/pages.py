@@ -24,7 +24,8 @@ def _origin(
         place = f"[{file.hub.removeprefix('datasets/')}](https://huggingface.co/{file.hub}) on the hub"
         return place + (f", revision `{file.revision[:12]}`" if file.revision else "")
     if file.url:
-        return f"[{file.url.split('/')[2] if '//' in file.url else 'download'}]({file.url})"
+        inside, _, outer = file.url.rpartition("::")  # zip://name::address
+        return f"[{outer.split('/')[2] if '//' in outer else 'download'}]({outer})" + (f", in the archive `{outer.rsplit('/', 1)[-1]}`" if inside else "")
     return "no download is known"
 
 

@@ -185,7 +185,8 @@ def _items(
         if window.place == len(held):  # at the window's end: more may follow
             window.place = before
             value = _value(window)
-        yield value, held[before : before + RAW_CHARACTERS]
+        start = before if window.text is held else 0
+        yield value, window.text[start : min(window.place, start + RAW_CHARACTERS)]
         if not many:
             break
         if step := _COMMA.match(window.text, window.place):

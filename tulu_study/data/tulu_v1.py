@@ -10,6 +10,7 @@ __all__ = ['SHORT', 'WHY', 'read_mixed', 'convert_tulu_v1', 'split_mixture', 'pa
 import contextlib
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def convert_tulu_v1(
             yield number, messages
 
 # %% ../../nbs/data/15_tulu_v1.ipynb #0808b46f
+def _read_named(row) -> tuple:
+    "As read_mixed; BadRecord for a dataset whose name cannot be that of a folder."
+    found = read_mixed(row)
+    if not re.fullmatch(r"\w[\w.-]{0,99}", found[0]):
+        raise BadRecord("bad_name", f"found dataset {found[0][:80]!r}, expected a name of letters, digits, _ - .")
+    return found
+
+
 def split_mixture(
     source_root: str | Path | None = None,  # sources root or the mixture's own folder; None = the site's
     out_dir: str | Path = ".",  # the parts go to <out_dir>/<part>/
@@ -57,7 +66,7 @@ def split_mixture(
     raw, files, numbers = Raw(record, fetch(record, root=source_root)), {}, Counter()
     with contextlib.ExitStack() as open_files:
         for file in raw.files:
-            for part, number, messages in table_items(raw, file, read_mixed):
+            for part, number, messages in table_items(raw, file, _read_named):
                 if part not in files:
                     path = Path(out_dir) / part / f".{part}_data.jsonl.part"
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -339,7 +339,7 @@ def validation_table(
     rows = [("messages", validation["messages"])] + [(title, validation[name]) for name, title in names.items()]
     rows += [(f"– {chain}", n) for chain, n in validation["chains"].items()]
     lengths = [(f"characters in a message of {role}", f"mean {found['mean']:,.1f}, median {found['median']:,}, 90 % below {found['p90']:,}, longest {found['max']:,}") for role, found in validation["characters"].items()]
-    rows += lengths + [(f"messages in {script} letters", n) for script, n in validation["scripts"].items()]
+    rows += lengths + [(f"messages in {script} letters" if script != "no letters" else "messages without a letter", n) for script, n in validation["scripts"].items()]
     rows += [(f"records whose own language is {language}", n) for language, n in validation.get("languages", {}).items()]
     search = validation.get("contamination")
     for key, found in (search or {}).get("compared", {}).items():
