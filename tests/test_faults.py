@@ -100,6 +100,20 @@ def test_kill_then_the_same_command(house, level):
 
 
 @pytest.mark.slow
+def test_asked_to_stop(house):
+    "SIGTERM to the command reaches the running cells, which count as interrupted and not as failed; the same command continues."
+    run = command(house, "run", "one", "--jobs", "2")
+    assert wait_for(lambda: any(t.startswith("data/") for t in ticks(house, "one"))), run.communicate()[0]
+    below = tree(psutil.Process(run.pid))
+    run.send_signal(signal.SIGTERM)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode != 0 and "failed" not in finish(house, "plan", "one")[1], out
+    assert not psutil.wait_procs(below[1:], timeout=5)[1]
+    code, out = finish(house, "run", "one", "--jobs", "2")
+    assert code == 0, out
+
+
+@pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(house):
     path = house/"nbs"/"runs"/"convert.ipynb"
     good = path.read_text()

@@ -1,12 +1,12 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, contextlib, importlib.util, inspect, itertools, json, os, shutil, subprocess, sys, tempfile, time
+import collections, contextlib, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
 
-from tulu_study.core.cells import CellError, check_parameters, read_manifest, run_cell
+from tulu_study.core.cells import CellError, CellInterrupted, check_parameters, read_manifest, run_cell
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
 from tulu_study.core.params import ParamsError, benchmarks, datasets, models
@@ -68,9 +68,21 @@ def _snakemake(grid: Grid, study: str, jobs: int) -> int:
     site, gpus = grid.site, _gpus()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"Snakefile"), "--directory", str(grid.root), "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime",
                "--quiet", "all", "--config", f"study={study}", f"gpus={len(gpus)}"]
-    if site.executor == "slurm": command += ["--executor", "slurm", "--jobs", str(jobs), "--latency-wait", "60"]
+    if site.executor == "slurm": command += ["--executor", "slurm", "--jobs", str(jobs), "--latency-wait", "60", "--default-resources", "mem_mb=0"]   # all memory of what a job gets: the plugin's default is 1 GB
     else: command += ["--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
-    return start_child(command, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {})).wait()
+    child = start_child(command, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {}))
+    before = signal.signal(signal.SIGTERM, lambda *_: _stop_cells(child))
+    try: return child.wait()
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def _stop_cells(snakemake: subprocess.Popen) -> None:
+    "Asked to stop: ask the running cells, which save what they have, and start no more."
+    import psutil
+    snakemake.send_signal(signal.SIGTERM)
+    for process in psutil.Process(snakemake.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "tulu_study" in (words := process.cmdline()) and "cell" in words: process.send_signal(signal.SIGTERM)
 
 
 def _gpus() -> list[str]:
@@ -169,6 +181,9 @@ def cell(
     known = read_manifest(grid[name].out_dir)
     try:
         with _hold_gpus(grid[name].gpus): manifest = grids.run(grid, name, force)
+    except CellInterrupted:
+        print(f"~ {name}: stopped as asked; the same command continues", flush=True)
+        sys.exit(75)
     except Exception as e:
         print(f"✗ {name}: {str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__}\n  executed notebook: {os.path.relpath(grid[name].executed)}", flush=True)
         sys.exit(1)
@@ -281,6 +296,38 @@ def export(
     print(done)
 
 
+@call_parse(pos=["path"])
+def push(
+    path: str = "",        # a finished fine-tuning: results/<study>/checkpoints/<model>
+    repo: str = "",        # owner/name on the hub
+    public: bool = False,  # anybody may see it
+    dry_run: bool = False, # only say what would be uploaded
+):
+    "Put a checkpoint's scores into its card and publish it on the hub. Nothing else in this project uploads anything."
+    from tulu_study.training.cards import push as publish, update_card
+    folder = Path(path)
+    if not (folder/"config.json").is_file() or not repo: raise CellError("Expected the folder of a finished fine-tuning and --repo owner/name.")
+    scores = folder.parent.parent/"scores"/folder.name
+    if scores.is_dir(): update_card(folder, scores)
+    done = publish(folder, repo, private=not public, dry_run=dry_run)
+    print("\n".join(f"{size:>15,}  {name}" for name, size in done["files"].items()) + f"\n{done['bytes']:>15,}  bytes " + ("would go" if dry_run else "went") + f" to {repo} ({'public' if public else 'private'})")
+
+
+@call_parse(pos=["action"])
+def weight_diff(
+    action: str = "",      # make (tuned − base) or recover (base + difference)
+    base: str = "",        # folder of the base model
+    other: str = "",       # folder of the tuned model (make) or of the difference (recover), ours or a published one
+    into: str = "",        # folder to make
+    dtype: str = "float32",   # recover: float32, bfloat16 or float16
+):
+    "Weights that may not be passed on, as a difference to their base model; and back."
+    from tulu_study.training.weight_diff import make_diff, recover
+    if action not in ("make", "recover") or not all((base, other, into)): raise CellError("Expected: tulu-study weight-diff make|recover --base FOLDER --other FOLDER --into FOLDER")
+    found = make_diff(base, other, into) if action == "make" else recover(base, other, into, dtype)
+    print(f"{found['tensors']} tensors in {into}" + ("" if action == "make" else ", every checksum as expected" if found["verified"] else ", not verified: the difference carries no checksums"))
+
+
 def _can_import(module: str, seconds: int = 120) -> tuple[bool, str]:
     "Import a package in a process of its own: a broken one may take its process along."
     if importlib.util.find_spec(module) is None: return False, "not installed"
@@ -321,7 +368,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "sources": sources, "export": export, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "sources": sources, "export": export, "push": push, "weight-diff": weight_diff, "doctor": doctor}
 
 
 def main() -> None:
@@ -329,11 +376,11 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command not in COMMANDS:
         wrong = command not in ("-h", "--help")
-        lines = [f"usage: tulu-study COMMAND [options]   (tulu-study COMMAND --help)\n"] + [f"  {n:<9}{f.__doc__.splitlines()[0]}" for n, f in COMMANDS.items()]
+        lines = [f"usage: tulu-study COMMAND [options]   (tulu-study COMMAND --help)\n"] + [f"  {n:<13}{f.__doc__.splitlines()[0]}" for n, f in COMMANDS.items()]
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    words, places = sys.argv[2:], {"export": ("path",), "evaluate": ("model",)}.get(command, ("study", "name"))
+    words, places = sys.argv[2:], {"export": ("path",), "push": ("path",), "weight-diff": ("action",), "evaluate": ("model",)}.get(command, ("study", "name"))
     if "study" in places and "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
     given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in places if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
@@ -341,7 +388,7 @@ def main() -> None:
         print(f"tulu-study {command}: {e.args[0] if isinstance(e, KeyError) and e.args else e}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as e:
-        if type(e).__name__ != "EngineError": raise
+        if type(e).__name__ not in ("EngineError", "WeightDiffError", "CardError"): raise
         print(f"tulu-study {command}: {e}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
