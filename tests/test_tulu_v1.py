@@ -35,6 +35,13 @@ def test_csv_files_of_every_sort_are_read(tmp_path, content, rows):
     assert len([r for r in read_csv(tmp_path / "t.csv.gz") if not r.reason]) == rows
 
 
+@pytest.mark.parametrize("head, reason", [(b"q,a,q", "bad_header"), (b"", "bad_header"), (b'"q"x,a', "malformed_csv"), (b'"q,a', "malformed_csv")])
+def test_a_faulty_header_is_one_reason_and_no_row_is_taken_for_another(tmp_path, head, reason):
+    (tmp_path / "t.csv").write_bytes(head + b"\n1,2,3\n4,5,6\n")
+    [found] = read_csv(tmp_path / "t.csv")
+    assert (found.row, found.reason, found.value) == (1, reason, None) and found.detail
+
+
 def test_a_torn_gzip_csv_ends_with_a_reason(tmp_path):
     packed = gzip.compress(b"q,a\n" + b"1,2\n" * 5000)
     (tmp_path / "t.csv.gz").write_bytes(packed[: len(packed) // 2])

@@ -367,6 +367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'tulu_study/data/super_ni.py')},
             'tulu_study.data.tabular': { 'tulu_study.data.tabular._csv_problem': ( 'data/tabular.html#_csv_problem',
                                                                                    'tulu_study/data/tabular.py'),
+                                         'tulu_study.data.tabular._header_problem': ( 'data/tabular.html#_header_problem',
+                                                                                      'tulu_study/data/tabular.py'),
                                          'tulu_study.data.tabular.read_csv': ('data/tabular.html#read_csv', 'tulu_study/data/tabular.py'),
                                          'tulu_study.data.tabular.read_parquet': ( 'data/tabular.html#read_parquet',
                                                                                    'tulu_study/data/tabular.py'),

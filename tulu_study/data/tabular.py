@@ -27,6 +27,14 @@ def _csv_problem(row: dict) -> tuple:  # (reason, detail), ("", "") for a sound 
     return "", ""
 
 
+def _header_problem(names: list | None) -> str:  # "" for a sound header
+    "What is wrong with the first line; None is the header of an empty file."
+    if names == []:
+        return "found an empty first line, expected the names of the columns"
+    twice = [name for number, name in enumerate(names or []) if name in names[:number]]
+    return f"found the column {twice[0]!r} more than once in the first line, expected different names; of two cells one would be lost" if twice else ""
+
+
 def read_csv(
     path: str | Path,  # a CSV file with a header, plain or gzip
     file: str = "",  # name for the records' positions, default the file's own
@@ -35,15 +43,20 @@ def read_csv(
     file, row = file or Path(path).name, 0
     csv.field_size_limit(2**31 - 1)
     with open_raw(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        rows = csv.DictReader(text, strict=True)
+        rows, headed = csv.DictReader(text, strict=True), False
         while True:
             row += 1
             try:
-                value = next(rows)
+                if not headed and (problem := _header_problem(rows.fieldnames)):
+                    yield RawRecord(file, row, reason="bad_header", detail=problem)
+                    return
+                headed, value = True, next(rows)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield RawRecord(file, row, reason="malformed_csv", detail=f"{error}, near line {rows.line_num} of the file; look for a quote that is not closed, or not doubled inside a quoted cell")
+                if not headed:
+                    return
                 continue
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 yield RawRecord(file, row, reason="damaged_gzip", detail=f"the file can be unpacked only up to here ({error}); copy or download it again")
