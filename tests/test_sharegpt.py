@@ -1,6 +1,8 @@
 """ShareGPT: splitting against a budget, every kind of bad record, and counts that equal the tokenizer's own."""
 import json
+import os
 import random
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from tulu_study.core.files import read_jsonl
 from tulu_study.core.messages import check_messages
 from tulu_study.core.params import SourceFile, datasets
-from tulu_study.data import DatasetError, convert
+from tulu_study.data import DatasetError, conversion, convert, sharegpt, streams
 from tulu_study.data.counting import joining_groups, safe_cuts, token_counter
 from tulu_study.data.sharegpt import pieces_of, read_turns, role_fault, rounds_left_out, split_fixed, split_paper
 
@@ -210,3 +212,74 @@ def test_limits_set_on_the_tokenizer_do_not_change_counts(llama_like):
     limited.enable_truncation(2)
     limited.enable_padding(length=9)
     assert token_counter(limited)(texts) == token_counter(llama_like)(texts)
+
+
+def mixed_talks(n, seed=1):
+    "Talks of every kind: of one piece, of several, of none; with lost parts, with faults, with texts that look like the place between two records."
+    rng, bits = random.Random(seed), ["ab", "}, {", '"}]}, {"id": "', "é═", "a!! b", "<s>", "\n", "1", "\\"]
+    rows = [chat(f"t{i}", *[" ".join(rng.choices(bits, k=rng.randrange(1, 40))) for _ in range(rng.randrange(9))]) for i in range(n)]
+    for row, (bad, _) in zip(rng.sample(rows, len(BAD)), BAD.values()):
+        rows[rows.index(row)] = bad
+    return rows
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in (folder / "sharegpt").iterdir()}
+
+
+@pytest.mark.parametrize("protocol", ["paper", "fixed"])
+@pytest.mark.parametrize("layout", ["compact", "indented", "a damaged second file"])
+def test_any_number_of_workers_gives_the_same_bytes(layout, protocol, llama_like, tmp_path, monkeypatch):
+    source = lay(tmp_path, mixed_talks(300), mixed_talks(120, seed=2))
+    if layout == "indented":
+        for name in FILES:
+            path = source / "sharegpt" / name
+            path.write_text(json.dumps(json.loads(path.read_text()), indent=1, ensure_ascii=True))
+    elif layout == "a damaged second file":
+        path = source / "sharegpt" / FILES[1]
+        path.write_text(path.read_text()[:-30])
+    made, parts = {}, []
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (5000,))
+    monkeypatch.setattr(conversion, "add_tallies", lambda *tallies, add=conversion.add_tallies: parts.append(1) or add(*tallies))
+    for workers in (1, 2, 3):
+        report = convert("sharegpt", source, tmp_path / str(workers), protocol, tokenizer=llama_like, max_length=400, workers=workers)
+        made[workers] = (report, everything(tmp_path / str(workers)))
+        assert bool(parts) == (workers > 1)
+    assert made[1] == made[2] == made[3] and set(made[1][1]) == {"sharegpt_data.jsonl", "rejects.jsonl", "lost.jsonl", "report.json"}
+    assert report.n_out > report.n_records > 200 and report.n_rejected > len(BAD) and report.lengths["assistant"]["n"] > 200
+    assert len(parts) > 15 and {row["file"] for row in rows_of(tmp_path / "3", "lost.jsonl")} == set(FILES)
+
+
+def test_a_tokenizer_of_any_kind_counts_in_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (2000,))
+    source = lay(tmp_path, mixed_talks(150))
+    made = [(convert("sharegpt", source, tmp_path / str(workers), tokenizer=Words(), max_length=60, workers=workers), everything(tmp_path / str(workers))) for workers in (1, 2)]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("size, several", [(1 << 17, False), (1 << 21, True)])
+def test_several_cores_convert_what_is_large_and_never_a_sample(size, several, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "cores", lambda: 2)
+    source, pools = lay(tmp_path, [chat(f"t{n}", "word " * 2000, "word " * 2000) for n in range(size // 40_000)], [chat("z", "word " * (size // 10), "y")]), []
+    monkeypatch.setattr(conversion, "Pool", lambda *given, make=conversion.Pool: pools.append(1) or make(*given))
+    convert("sharegpt", source, tmp_path / "out", tokenizer=Words())
+    assert bool(pools) == several
+    pools.clear()
+    convert("sharegpt", source, tmp_path / "out", tokenizer=Words(), num_examples=1, max_length=100_000)
+    assert not pools
+
+
+def test_a_worker_that_is_killed_ends_the_conversion_with_an_error_and_leaves_no_file(tmp_path, monkeypatch):
+    parent, read = os.getpid(), sharegpt.read_pieces
+
+    def deadly(row, **how):
+        if os.getpid() != parent and row["id"] == "t70":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(row, **how)
+
+    monkeypatch.setattr(sharegpt, "read_pieces", deadly)
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (2000,))
+    source = lay(tmp_path, [chat(f"t{n}", "Hi " * 30, "Hello") for n in range(150)])
+    with pytest.raises(streams.WorkerLost, match="process [0-9]+, one of 2. was ended by signal 9.*workers=1"):
+        convert("sharegpt", source, tmp_path / "out", tokenizer=Words(), workers=2)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -7,7 +7,7 @@ from tulu_study.core.cells import CellError, run_cell
 from tulu_study.core.files import read_jsonl
 from tulu_study.core.params import Dataset, SourceFile
 from tulu_study.data import DatasetError, convert, converter
-from tulu_study.data import reading, streams
+from tulu_study.data import conversion, reading, streams
 from tulu_study.data.conversion import CONVERTERS
 from tulu_study.data.reading import read_items, read_lines
 from tulu_study.data.streams import json_line
@@ -196,6 +196,56 @@ def test_a_false_promise_is_an_error(tmp_path, monkeypatch):
         if whole is None:
             del CONVERTERS["dolly"]
     assert not (tmp_path / "dolly").exists() or not list((tmp_path / "dolly").iterdir())
+
+
+@pytest.fixture
+def register(monkeypatch):
+    "Registers converters for one test only."
+    monkeypatch.setattr(conversion, "CONVERTERS", dict(CONVERTERS))
+    return converter
+
+
+LETTERS = Dataset(key="letters", name="Letters", folder="letters", files=[SourceFile(name="a.jsonl"), SourceFile(name="b.json")], licence="CC0", authors="this test")
+
+
+def test_records_with_names_of_their_own_come_from_several_files_in_any_number(register, tmp_path, monkeypatch):
+    @register("letters", draws=0)
+    def convert_letters(raw, rng, protocol):
+        def read(row):
+            if row["n"] % 11 == 5:
+                raw.lose("odd", "lost while it is read")
+            return row["id"], range(row["n"] % 4)
+        for file in raw.files:
+            for name, numbers in raw.items(file, read):
+                if name.endswith("9"):
+                    raw.lose("nine", "lost while it is laid out")
+                for number in numbers:
+                    yield f"{name}_{number}", [{"role": "user", "content": name * number}, {"role": "assistant", "content": "x"}]
+
+    rows = [{"id": f"é{n}", "n": n, "more": [{"id": "}, {"}, {"id": 2}], **({"lang": "en" if n % 2 else "is"} if n > 700 else {})} for n in range(900)]
+    rows[8] = rows[600] = {"id": "no number"}
+    source = lay(tmp_path, "letters", "a.jsonl", lines([*rows, b"{"]))
+    lay(tmp_path, "letters", "b.json", json.dumps(rows[:500], separators=(",", ": ")).encode())
+    monkeypatch.setattr(streams.blocks_of, "__defaults__", (3000,))
+    made = {workers: (convert(LETTERS, source, tmp_path / str(workers), workers=workers), outputs(tmp_path / str(workers) / "letters")) for workers in (1, 2, 3)}
+    assert made[1] == made[2] == made[3] and set(made[1][1]) == {"letters_data.jsonl", "rejects.jsonl", "lost.jsonl", "report.json"}
+    report = made[3][0]
+    assert (report.n_in, report.n_rejected, report.validation["languages"]) == (1401, 4, {"en": 100, "is": 99})
+    lost = [(row["file"], row["row"]) for row in read_jsonl(tmp_path / "3" / "letters" / "lost.jsonl") if row["reason"] == "nine"]
+    assert lost == [(file, n + 1) for file, size in (("a.jsonl", 900), ("b.json", 500)) for n in range(9, size, 10)]
+
+
+@pytest.mark.parametrize("draw, name", [(True, "text"), (False, 3)])
+def test_a_false_promise_of_no_draws_is_an_error(draw, name, register, tmp_path):
+    @register("letters", draws=0)
+    def convert_letters(raw, rng, protocol):
+        for _ in raw.items("a.jsonl", str):
+            draw and rng.random()
+            yield name, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+
+    source = lay(tmp_path, "letters", "a.jsonl", lines([dolly(1)]))
+    with pytest.raises(DatasetError, match="promises draws=0 and a text for each"):
+        convert(LETTERS.model_copy(update={"files": LETTERS.files[:1]}), source, tmp_path, workers=2)
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "user", "content": "é\u2028\ud83d\ude00\"\\\n"}], [{"content": "b", "role": "user"}], [{"role": "bot", "content": "x"}],

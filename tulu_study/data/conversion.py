@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..core.files import read_jsonl, write_atomic
 from ..core.params import Dataset, datasets
 from ..core.sources import fetch
-from .counting import token_counter
+from .counting import ready, token_counter
 from .reading import BadRecord, RawRecord, read_records
 from .streams import BATCH, LARGE, READING, Growing, Ledger, Place, Pool, Unsplittable, blocks_of, cores, write_conversations
 from .validation import Tally, add_tallies, contamination, spread, summary_of, turns_of, validation_table
@@ -36,11 +36,12 @@ class DatasetError(ValueError):
 def converter(
     *keys: str,  # dataset keys that the function converts
     protocols: tuple = ("paper", "fixed"),  # protocols that it knows
-    draws: int | None = None,  # promise, for large files: each record takes this many `random()` and gives one conversation, numbered in order
+    draws: int | None = None,  # promise, for large files: each record takes this many `random()` and gives one conversation, numbered in order; 0: it takes none, and gives any number with names of their own
+    large: int = LARGE,  # bytes of raw files from which several cores pay
 ):  # decorator
     "Register `function(raw, rng, protocol, *, options…)`, which yields (id after the key, messages)."
     def register(function):
-        function.protocols, function.draws = protocols, draws
+        function.protocols, function.draws, function.large = protocols, draws, large
         CONVERTERS.update({key: function for key in keys})
         return function
     return register
@@ -101,7 +102,7 @@ class Raw:
         "Yield `read(value)` of every record of a file that can be read; account for the others."
         for raw in self.watched(read_records(self.paths[file], file), f"{self.record.key}: {file}"):
             self.n_in, self.now = self.n_in + 1, raw
-            if self.n_in <= BATCH or self.languages:
+            if isinstance(raw.value, dict) and ("lang" in raw.value or "prompt" in raw.value):
                 self.languages.update(_own_language(raw.value))
             if problem := _problem(raw, read):
                 self.rejects.append(_reject(self.record.key, raw, *problem))
@@ -242,15 +243,14 @@ def _cut_mean(counts: Counter, cut: int = TABLE1_CUT) -> float:
     return sum(min(value, cut) * n for value, n in counts.items()) / max(sum(counts.values()), 1)
 
 
-def token_lengths(
+def _measured(
     rows,  # conversations
-    tokenizer,  # from transformers or from tokenizers
-    name: str,  # what to call it in the report
+    tokenizer,  # from transformers or from tokenizers, or `ready`
     batch: int = 256,  # conversations tokenised together
-) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it), table1 (cut, prompt, completion)
-    "Token lengths of a set of conversations, in one pass."
+) -> dict:  # role, or "total" -> Counter of lengths
+    "Count the token lengths of conversations, in one pass."
     count, rows = token_counter(tokenizer, special=False), iter(rows)
-    lengths, totals = {"system": Counter(), "user": Counter(), "assistant": Counter()}, Counter()
+    lengths = {kind: Counter() for kind in ("system", "user", "assistant", "total")}
     while waiting := list(islice(rows, batch)):
         counts = iter(count([message["content"] for row in waiting for message in row["messages"]]))
         for row in waiting:
@@ -258,10 +258,20 @@ def token_lengths(
             for message in row["messages"]:
                 lengths[message["role"]][n := next(counts)] += 1
                 total += n if message["role"] != "system" else 0
-            totals[total] += 1
-    over = {str(limit): sum(n for total, n in totals.items() if total > limit) for limit in LIMITS}
+            lengths["total"][total] += 1
+    return lengths
+
+
+def token_lengths(
+    rows,  # conversations, or their lengths as `_measured` gives them
+    tokenizer,  # from transformers or from tokenizers
+    name: str,  # what to call it in the report
+) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it), table1 (cut, prompt, completion)
+    "Token lengths of a set of conversations."
+    lengths = rows if isinstance(rows, dict) else _measured(rows, tokenizer)
+    over = {str(limit): sum(n for total, n in lengths["total"].items() if total > limit) for limit in LIMITS}
     table1 = {"cut": TABLE1_CUT, "prompt": _cut_mean(lengths["user"]), "completion": _cut_mean(lengths["assistant"])}
-    return {"tokenizer": name, "user": spread(lengths["user"]), "assistant": spread(lengths["assistant"]), "total": spread(totals), "over": over, "table1": table1}
+    return {"tokenizer": name, "user": spread(lengths["user"]), "assistant": spread(lengths["assistant"]), "total": spread(lengths["total"]), "over": over, "table1": table1}
 
 # %% ../../nbs/data/02_conversion.ipynb #09717986
 def named_tokenizer(
@@ -308,21 +318,22 @@ def _stream(
     options: dict,
     folder: Path,  # of the dataset
     workers: int,  # 1 converts in one piece
-) -> Tally:
+    tokenizer,  # several workers measure lengths with it, None for no lengths
+) -> tuple:  # (Tally, lengths or None)
     "Convert into files that take their names at the end; nothing changes when anything fails."
     key, function = raw.record.key, CONVERTERS[raw.record.key]
     with ExitStack() as stack:
         out, rejects, lost = (stack.enter_context(kind(folder / name)) for kind, name in ((Growing, f"{key}_data.jsonl"), (Ledger, "rejects.jsonl"), (Ledger, "lost.jsonl")))
-        raw.rejects, raw.lost, tally = rejects, lost, Tally()
+        raw.rejects, raw.lost, tally, lengths = rejects, lost, Tally(), None
         if workers > 1:
-            _in_parts(raw, function, rng, protocol, options, workers, tally, out)
+            lengths = _in_parts(raw, function, rng, protocol, options, workers, tally, out, tokenizer)
         else:
             write_conversations(function(raw, rng, protocol, **options), key, tally, out)
         assert raw.n_in == raw.n_records + len(rejects), f"{key}: {raw.n_in} records read, {raw.n_records} + {len(rejects)} accounted for"
     out.keep()
     rejects.keep()
     lost.keep() if len(lost) else lost.drop()
-    return tally
+    return tally, lengths
 
 # %% ../../nbs/data/02_conversion.ipynb #cedd4492
 class _Part(Raw):
@@ -335,40 +346,51 @@ class _Part(Raw):
 
     def items(self, file: str, read):
         "Read the part, agree on where it stands, then yield what was read."
-        values = list(super().items(file, read))
+        values = [(self.now, value) for value in super().items(file, read)]
         if not file.removesuffix(".gz").endswith(".jsonl") and any(row["reason"] in READING for row in self.rejects):
             raise Unsplittable
-        self.place.agree(self.n_in, self.n_records)
-        yield from values
+        self.place.agree(self.n_records)
+        for self.now, value in values:
+            yield value
 
 
-def _convert_part(raw: Raw, function, rng, protocol, options, block, connection) -> tuple:
-    "A worker's task: one part of a file; (data, tally, rejects, lost, n_in, n_records, languages)."
-    part, tally, out, place = _Part(raw.record, {raw.files[0]: block}), Tally(), block.__class__(), Place(connection, rng, function.draws)
+def _convert_part(raw: Raw, function, rng, protocol, options, tokenizer, file, block, connection) -> tuple:
+    "A worker's task: one part of a file; (file, data, tally, lengths, rejects, lost, n_in, n_records, languages)."
+    part, tally, out, place = _Part(raw.record, {file: block}), Tally(), block.__class__(), Place(connection, rng, function.draws)
     part.place = place
     made = function(part, rng, protocol, **options)
     first = next(made, None)
     rows = () if first is None else (pair for pairs in ((first,), made) for pair in pairs)
     n = write_conversations(rows, raw.record.key, tally, out, place.records)
-    if n != part.n_records or rng.getstate() != place.expected:
-        raise DatasetError(f"{raw.record.key}: the converter promises draws={function.draws} and one conversation a record; found {n} conversations of {part.n_records} records, or another number of draws. Correct the promise, or leave it out")
-    return out.getvalue(), tally, part.rejects, part.lost, part.n_in, part.n_records, part.languages
+    kept = n == part.n_records if function.draws else first is None or isinstance(first[0], str)
+    if not kept or rng.getstate() != place.expected:
+        expected = "one conversation a record" if function.draws else "a text for each conversation's name"
+        raise DatasetError(f"{raw.record.key}: the converter promises draws={function.draws} and {expected}; found {n} conversations of {part.n_records} records, the first named {first and first[0]!r}, or another number of draws. Correct the promise, or leave it out")
+    data = out.getvalue()
+    lengths = None if tokenizer is None else _measured(map(json.loads, data.splitlines()), tokenizer)
+    return file, data, tally, lengths, part.rejects, part.lost, part.n_in, part.n_records, part.languages
 
-
-def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, out):
-    "Convert a file in parts on several cores, and put the parts together in order."
-    task = lambda block, connection: _convert_part(raw, function, rng, protocol, options, block, connection)
-    file = raw.files[0]
+# %% ../../nbs/data/02_conversion.ipynb #9d41c3aa
+def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, out, tokenizer) -> dict | None:
+    "Convert files in parts on several cores, and put the parts together in order; the lengths when there is a tokenizer."
+    rows, tokenizer = Counter(), ready(tokenizer)
+    options = options | {"tokenizer": tokenizer} if "tokenizer" in options else options
+    lengths = None if tokenizer is None else _measured([], tokenizer)
+    task = lambda file, block, connection: _convert_part(raw, function, rng, protocol, options, tokenizer, file, block, connection)
+    blocks = ((file, block) for file in raw.files for block in blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl"), large=function.large))
     with Pool(workers, task) as pool:
-        parts = pool.results(blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl")), rng, function.draws)
-        for rows, (data, counts, rejects, lost, n_in, n_records, languages) in tqdm(parts, desc=f"{raw.record.key}: {file}", unit=" parts", leave=False):
+        for file, data, counts, measured, rejects, lost, n_in, n_records, languages in tqdm(pool.results(blocks, rng, function.draws), desc=raw.record.key, unit=" parts", leave=False):
             out.write(data)
             add_tallies(tally, counts)
+            for kind in lengths or ():
+                lengths[kind].update(measured[kind])
             for ledger, found in ((raw.rejects, rejects), (raw.lost, lost)):
                 for row in found:
-                    ledger.append(row | {"row": row["row"] + rows})
+                    ledger.append(row | {"row": row["row"] + rows[file]})
+            rows[file] += n_in
             raw.n_in, raw.n_records = raw.n_in + n_in, raw.n_records + n_records
             raw.languages.update(languages)
+    return lengths
 
 # %% ../../nbs/data/02_conversion.ipynb #34335790
 def _workers(
@@ -378,9 +400,9 @@ def _workers(
 ) -> int:
     "How many processes shall convert a dataset; 1 = this one."
     function = CONVERTERS[raw.record.key]
-    if function.draws is None or len(raw.files) != 1 or options.get("num_examples"):
+    if function.draws is None or (function.draws and len(raw.files) != 1) or options.get("num_examples"):
         return 1
-    large = Path(raw.paths[raw.files[0]]).stat().st_size >= LARGE
+    large = sum(Path(path).stat().st_size for path in raw.paths.values()) >= function.large
     return wanted or (cores() if large else 1)
 
 # %% ../../nbs/data/02_conversion.ipynb #7e43d8d0
@@ -391,7 +413,7 @@ def convert(
     protocol: str = "paper",  # paper or fixed (oasst1 also: june2023)
     seed: int = 42,  # of the random stream
     tokenizer=None,  # object or folder; measures lengths for the report, nothing is measured without one
-    workers: int | None = None,  # processes; None = as many as there are cores, for files of 32 MB and more
+    workers: int | None = None,  # processes; None = as many as there are cores, for files that the converter calls large
     **options,  # the converter's own, such as num_examples
 ) -> Report:  # n_in, n_records, n_rejected, n_out, …
     "Convert a dataset's raw files; bad records are rejected, never raised. SourceError for missing files, DatasetError for wrong names."
@@ -401,16 +423,16 @@ def convert(
     raw = Raw(record, dict(paths))
     report = Report(record.key, protocol, seed, {k: v for k, v in options.items() if k != "tokenizer"}, expected=record.expected)
     try:
-        tally = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, _workers(raw, options, workers))
+        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, _workers(raw, options, workers), tokenizer)
     except Unsplittable:
         raw = Raw(record, dict(paths))
-        tally = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, 1)
+        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, 1, tokenizer)
     _findings(tally, report)
     report.n_in, report.n_records, report.n_rejected, report.files = raw.n_in, raw.n_records, len(raw.rejects), list(paths)
     report.reasons, report.lost = dict(raw.rejects.reasons.most_common()), dict(raw.lost.reasons.most_common())
     report.validation["languages"] = dict(raw.languages.most_common())
     if tokenizer is not None:
-        report.lengths = token_lengths(read_jsonl(folder / f"{record.key}_data.jsonl"), tokenizer, name)
+        report.lengths = token_lengths(lengths or read_jsonl(folder / f"{record.key}_data.jsonl"), tokenizer, name)
     write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     return report
 

@@ -181,7 +181,7 @@ NO_TOKENIZER = ("sharegpt: found no tokenizer, and the splitting counts tokens w
                 "Files that are split already need none: already_split=True")
 
 
-@converter("sharegpt")
+@converter("sharegpt", draws=0, large=1 << 20)
 def convert_sharegpt(
     raw,  # the two raw files
     rng,  # drawn from only by num_examples

@@ -1,8 +1,8 @@
-"""Files that grow while a conversion runs, and the conversion of one large file on several cores.
+"""Files that grow while a conversion runs, and the conversion of large files on several cores.
 
 A record's random numbers depend on how many records came before it, so parts of a file cannot simply be converted apart. Each worker therefore parses and
-reads its part first, tells how many records it found, is told in return where it stands (rows, records and the state of the generator), and only then lays
-them out. The result is the same to the byte, whatever the number of workers.
+reads its part first, tells how many records it found, is told in return where it stands (records and the state of the generator), and only then lays
+them out. Where records draw nothing and bring their own names, there is nothing to agree on. The result is the same to the byte, whatever the number of workers.
 """
 import json, multiprocessing, os, random, re, sys
 from collections import Counter
@@ -16,8 +16,8 @@ from tulu_study.data.reading import DAMAGED, RECORD_SIZE, open_raw
 
 BATCH = 512  # conversations that are counted and written together
 BLOCK = 2 * 1024 * 1024  # bytes of a raw file that a worker converts at a time
-LARGE = 32 * 1024 * 1024  # bytes of a raw file from which several cores pay
-ENTRY = re.compile(rb"\}\s*,\s*(?=\{)")  # between two objects of a JSON list, or something that looks like it
+LARGE = 32 * 1024 * 1024  # bytes of raw files from which several cores pay, unless a converter says otherwise
+FIRST = re.compile(rb'(?:\xef\xbb\xbf)?\s*\[\s*\{\s*("(?:[^"\\]|\\.)*")')  # the beginning of a list of objects, up to the first one's first key
 READING = ("malformed_json", "invalid_utf8", "too_large", "nested_too_deep", "damaged_gzip")  # reasons after which a list cannot be read on
 HEADS = {role: f'{{"role": "{role}", "content": ' for role in ("system", "user", "assistant")}
 KEYS = ("role", "content")
@@ -110,8 +110,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def blocks_of(path: str | Path, lines: bool, size: int = BLOCK):
-    "Cut a raw file into parts, each a small file of the same kind. Places between list items are guessed; the worker that reads the part before finds out."
+def between(head: bytes) -> re.Pattern:
+    "What stands between two objects of the JSON list that begins with `head`, or something that looks like it: the next one begins with the same key as the first."
+    first = FIRST.match(head)
+    return re.compile(rb"\}\s*,\s*(?=\{" + (rb"\s*" + re.escape(first[1]) if first else b"") + rb")")
+
+
+def blocks_of(path: str | Path, lines: bool, size: int = BLOCK, *, large: int = LARGE):
+    "Cut a raw file into parts, each a small file of the same kind, and at least four when it is large. Places between list items are guessed; the worker that reads the part before finds out."
+    size = min(size, large // 4)
     with open_raw(path) as stream:
         try:
             if lines:
@@ -121,13 +128,14 @@ def blocks_of(path: str | Path, lines: bool, size: int = BLOCK):
                         raise Unsplittable
                     yield block
                 return
-            head, rest = b"", b""
+            head, rest, entry = b"", b"", None
             while data := stream.read(size):
                 rest += data
+                entry = entry or between(rest)
                 if len(rest) > RECORD_SIZE:
                     raise Unsplittable
                 tail = max(0, len(rest) - 65536)
-                if places := list(ENTRY.finditer(rest, tail)):
+                if places := list(entry.finditer(rest, tail)):
                     yield head + rest[: places[-1].start() + 1] + b"]"
                     head, rest = b"[", rest[places[-1].end() :]
             yield head + rest
@@ -139,12 +147,14 @@ class Place:
     "A worker's side of the agreement: it says how many records its part has and is told where they stand."
 
     def __init__(self, connection, rng: random.Random, draws: int):
-        self.connection, self.rng, self.draws, self.records, self.rows = connection, rng, draws, 0, 0
+        self.connection, self.rng, self.draws, self.records, self.expected = connection, rng, draws, 0, rng.getstate()
 
-    def agree(self, n_in: int, n_records: int):
-        "Exchange counts for positions, and set the generator to where it would be."
-        self.connection.send(("counted", n_in, n_records))
-        self.rows, self.records, state = self.connection.recv()
+    def agree(self, n_records: int):
+        "Exchange counts for positions, and set the generator to where it would be. Without draws there is nothing to agree on."
+        if not self.draws:
+            return
+        self.connection.send(("counted", n_records))
+        self.records, state = self.connection.recv()
         self.rng.setstate(state)
         for _ in range(n_records * self.draws):
             self.rng.random()
@@ -156,13 +166,14 @@ def serve(connection, others: list, task):
     "A worker's life: take a part, do the task, send the result, until the other end is closed."
     for other in others:
         other.close()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has one core, and threads of the parent did not come along
     while True:
         try:
-            block = connection.recv_bytes()
+            file, block = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            found = ("done", task(BytesIO(block), connection))
+            found = ("done", task(file, BytesIO(block), connection))
         except BaseException as error:
             found = ("failed", error)
         try:
@@ -171,8 +182,12 @@ def serve(connection, others: list, task):
             return
 
 
+class WorkerLost(RuntimeError):
+    "A worker ended before its part was converted."
+
+
 class Pool:
-    "Workers that convert the parts of one file; a context manager that ends them."
+    "Workers that convert the parts of files; a context manager that ends them. What `task` refers to is shared with the workers, and is best complete before."
 
     def __init__(self, workers: int, task):
         self.workers, self.task, self.members = workers, task, []
@@ -193,11 +208,22 @@ class Pool:
             process.terminate()
             process.join()
 
+    def talk(self, connection, method: str, *what):
+        "Send to a worker or receive from it; WorkerLost when there is nobody at the other end."
+        try:
+            return getattr(connection, method)(*what)
+        except (EOFError, OSError):
+            process = next(process for ours, process in self.members if ours is connection)
+            process.join(5)
+            code = process.exitcode
+            how = f"was ended by signal {-code}" if code and code < 0 else f"ended with code {code}"
+            raise WorkerLost(f"a worker of the conversion (process {process.pid}, one of {self.workers}) {how} before its part was done; nothing was written. "
+                             "Signal 9 usually means that memory ran out: convert again with fewer workers (workers=1 needs none)") from None
+
     def results(self, blocks, rng: random.Random, draws: int):
-        "Yield (rows before, result) of each part in the file's order. An exception of a worker is raised here."
+        "Yield the result of each part (file name, bytes) in the order given. An exception of a worker is raised here."
         blocks, busy, counts, done = enumerate(blocks), {}, {}, {}
-        agreed, rows, records, given, starts = 0, 0, 0, 0, {}
-        finished = False
+        agreed, records, given, finished = 0, 0, 0, False
         while True:
             for connection, _ in self.members:
                 if not finished and connection not in busy and len(done) < 2 * self.workers:
@@ -205,24 +231,23 @@ class Pool:
                     finished = number is None
                     if not finished:
                         busy[connection] = number
-                        connection.send_bytes(block)
+                        self.talk(connection, "send", block)
             if not busy:
                 return
             for connection in wait(list(busy)):
-                kind, *found = connection.recv()
+                kind, found = self.talk(connection, "recv")
                 if kind == "failed":
-                    raise found[0]
+                    raise found
                 if kind == "done":
-                    done[busy.pop(connection)] = found[0]
+                    done[busy.pop(connection)] = found
                 else:
-                    counts[busy[connection]] = (connection, *found)
+                    counts[busy[connection]] = (connection, found)
             while agreed in counts:
-                connection, n_in, n_records = counts.pop(agreed)
-                connection.send((rows, records, rng.getstate()))
-                starts[agreed] = rows
+                connection, n_records = counts.pop(agreed)
+                self.talk(connection, "send", (records, rng.getstate()))
                 for _ in range(n_records * draws):
                     rng.random()
-                agreed, rows, records = agreed + 1, rows + n_in, records + n_records
+                agreed, records = agreed + 1, records + n_records
             while given in done:
-                yield starts.pop(given), done.pop(given)
+                yield done.pop(given)
                 given += 1
