@@ -8,6 +8,7 @@ from tulu_study.core.files import read_jsonl, sha256_file, write_jsonl
 from tulu_study.core.params import Mix, ParamsError, mixes
 from tulu_study.data import mixes as mixing
 from tulu_study.data.conversion import DatasetError
+from tulu_study.data.export import export_dataset
 from tulu_study.data.mixes import mix_datasets, name_in
 
 
@@ -110,6 +111,16 @@ def test_a_killed_mix_leaves_the_old_file(data, monkeypatch):
 def test_a_damaged_part_is_named_with_its_line(data):
     with open(data / "cot/cot_data.jsonl", "a") as f: f.write('{"cut o')
     with pytest.raises(ValueError, match="cot_data.jsonl, line 7"): made(data, parts=["dolly", "cot"], caps={"dolly": 1})
+
+
+@pytest.mark.parametrize("line, said", [(b"[]", "found '..'"), (b'{"id": "x"}', "list of messages"), (b'{"messages": []}', "an id"), (b'{"id": "x", "messages": ["hi"]}', "list of messages"), (b"\xff", "not UTF-8")])
+@pytest.mark.parametrize("more", [{}, {"exclude": ["zz"]}, {"weights": {"cot": 1.5}}])
+def test_what_is_no_conversation_is_named_with_its_place(data, line, said, more):
+    path = data / "cot/cot_data.jsonl"
+    n = len(path.read_bytes().splitlines())
+    with open(path, "ab") as f: f.write(line + b"\n")
+    with pytest.raises(ValueError, match=f"cot_data.jsonl, (conversation {n + 1}|after conversation [0-9]+):.*{said}"): made(data, parts=["dolly", "cot"], **more)
+    with pytest.raises(ValueError, match="cot_data.jsonl"): export_dataset(data / "cot", data / "out", "axolotl")
 
 
 RECORDS = {

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from ..core.files import read_jsonl, sha256_file, write_atomic, write_jsonl
+from ..core.files import sha256_file, write_atomic, write_jsonl
 from ..core.messages import CHAT_TEMPLATE, check_messages
 from ..core.params import Dataset, Mix, datasets, mixes
 from ..core.sources import place
+from .mixes import conversation_rows
 
 # %% ../../nbs/data/21_export.ipynb #785538d6
 class ExportError(ValueError):
@@ -63,7 +64,7 @@ class Exported:
 
 def _trainable(given: Conversations, done: Exported):
     "Yield {messages} of every conversation that a trainer can use; account for the others."
-    for row in read_jsonl(given.path):
+    for row in conversation_rows(given.path):
         done.n_in += 1
         if problems := check_messages(row["messages"]):
             done.left_out.append(f"{row['id']}: {problems[0]}")
@@ -178,7 +179,7 @@ def card_body(
 def export_huggingface(given: Conversations, out_dir: Path) -> Exported:
     "Write a dataset folder for the hub: the conversations as they are, and a card."
     data = out_dir / "data" / f"{given.key}.jsonl"
-    n = write_jsonl(data, read_jsonl(given.path))
+    n = write_jsonl(data, conversation_rows(given.path))
     head = yaml.safe_dump(card_head(given, n), sort_keys=False, allow_unicode=True)
     card = write_atomic(out_dir / "README.md", f"---\n{head}---\n\n{card_body(given, sha256_file(data))}")
     return Exported("huggingface", [data, card], n, n)
