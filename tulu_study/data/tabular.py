@@ -34,7 +34,7 @@ def _header_problem(names: list | None) -> str:  # "" for a sound header
     twice = [name for number, name in enumerate(names or []) if name in names[:number]]
     return f"found the column {twice[0]!r} more than once in the first line, expected different names; of two cells one would be lost" if twice else ""
 
-
+# %% ../../nbs/data/01a_tabular.ipynb #c492eb23
 def read_csv(
     path: str | Path,  # a CSV file with a header, plain or gzip
     file: str = "",  # name for the records' positions, default the file's own
