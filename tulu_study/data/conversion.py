@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONVERTERS', 'LIMITS', 'TABLE1_CUT', 'DatasetError', 'converter', 'converters', 'find_converter', 'dataset_record',
-           'Raw', 'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'token_lengths', 'named_tokenizer',
-           'convert', 'add_contamination', 'require_accepted', 'two_samples']
+           'Raw', 'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'Lengths', 'token_lengths',
+           'named_tokenizer', 'convert', 'add_contamination', 'require_accepted', 'two_samples']
 
 # %% ../../nbs/data/02_conversion.ipynb #fe1e2ff0
 import importlib.util, inspect, json, pkgutil, random
@@ -243,32 +243,35 @@ def _cut_mean(counts: Counter, cut: int = TABLE1_CUT) -> float:
     return sum(min(value, cut) * n for value, n in counts.items()) / max(sum(counts.values()), 1)
 
 
-def _measured(
-    rows,  # conversations
-    tokenizer,  # from transformers or from tokenizers, or `ready`
-    batch: int = 256,  # conversations tokenised together
-) -> dict:  # role, or "total" -> Counter of lengths
-    "Count the token lengths of conversations, in one pass."
-    count, rows = token_counter(tokenizer, special=False), iter(rows)
-    lengths = {kind: Counter() for kind in ("system", "user", "assistant", "total")}
-    while waiting := list(islice(rows, batch)):
-        counts = iter(count([message["content"] for row in waiting for message in row["messages"]]))
-        for row in waiting:
+class Lengths:
+    "Token lengths of conversations, counted in passing."
+
+    def __init__(self, tokenizer):  # from transformers or from tokenizers, or `ready`
+        self.count = token_counter(tokenizer, special=False)
+        self.lengths = {kind: Counter() for kind in ("system", "user", "assistant", "total")}
+
+    def add(self, conversations: list):  # of lists of messages
+        "Count a batch of conversations."
+        counts = iter(self.count([message["content"] for messages in conversations for message in messages]))
+        for messages in conversations:
             total = 0
-            for message in row["messages"]:
-                lengths[message["role"]][n := next(counts)] += 1
+            for message in messages:
+                self.lengths[message["role"]][n := next(counts)] += 1
                 total += n if message["role"] != "system" else 0
-            lengths["total"][total] += 1
-    return lengths
+            self.lengths["total"][total] += 1
+
+    def merge(self, found: dict):  # `lengths` of another
+        "Add what was counted elsewhere."
+        for kind, counts in found.items():
+            self.lengths[kind].update(counts)
 
 
 def token_lengths(
-    rows,  # conversations, or their lengths as `_measured` gives them
-    tokenizer,  # from transformers or from tokenizers
-    name: str,  # what to call it in the report
+    lengths: Lengths,  # of all conversations
+    name: str,  # what to call the tokenizer in the report
 ) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it), table1 (cut, prompt, completion)
-    "Token lengths of a set of conversations."
-    lengths = rows if isinstance(rows, dict) else _measured(rows, tokenizer)
+    "What the report says about lengths."
+    lengths = lengths.lengths
     over = {str(limit): sum(n for total, n in lengths["total"].items() if total > limit) for limit in LIMITS}
     table1 = {"cut": TABLE1_CUT, "prompt": _cut_mean(lengths["user"]), "completion": _cut_mean(lengths["assistant"])}
     return {"tokenizer": name, "user": spread(lengths["user"]), "assistant": spread(lengths["assistant"]), "total": spread(lengths["total"]), "over": over, "table1": table1}
@@ -318,17 +321,17 @@ def _stream(
     options: dict,
     folder: Path,  # of the dataset
     workers: int,  # 1 converts in one piece
-    tokenizer,  # several workers measure lengths with it, None for no lengths
-) -> tuple:  # (Tally, lengths or None)
+    tokenizer,  # measures lengths, None for no lengths
+) -> tuple:  # (Tally, Lengths or None)
     "Convert into files that take their names at the end; nothing changes when anything fails."
     key, function = raw.record.key, CONVERTERS[raw.record.key]
     with ExitStack() as stack:
         out, rejects, lost = (stack.enter_context(kind(folder / name)) for kind, name in ((Growing, f"{key}_data.jsonl"), (Ledger, "rejects.jsonl"), (Ledger, "lost.jsonl")))
-        raw.rejects, raw.lost, tally, lengths = rejects, lost, Tally(), None
+        raw.rejects, raw.lost, tally, lengths = rejects, lost, Tally(), None if tokenizer is None else Lengths(tokenizer)
         if workers > 1:
-            lengths = _in_parts(raw, function, rng, protocol, options, workers, tally, out, tokenizer)
+            _in_parts(raw, function, rng, protocol, options, workers, tally, lengths, out, tokenizer)
         else:
-            write_conversations(function(raw, rng, protocol, **options), key, tally, out)
+            write_conversations(function(raw, rng, protocol, **options), key, tally, out, lengths=lengths)
         assert raw.n_in == raw.n_records + len(rejects), f"{key}: {raw.n_in} records read, {raw.n_records} + {len(rejects)} accounted for"
     out.keep()
     rejects.keep()
@@ -361,36 +364,33 @@ def _convert_part(raw: Raw, function, rng, protocol, options, tokenizer, file, b
     made = function(part, rng, protocol, **options)
     first = next(made, None)
     rows = () if first is None else (pair for pairs in ((first,), made) for pair in pairs)
-    n = write_conversations(rows, raw.record.key, tally, out, place.records)
+    lengths = None if tokenizer is None else Lengths(tokenizer)
+    n = write_conversations(rows, raw.record.key, tally, out, place.records, lengths)
     kept = n == part.n_records if function.draws else first is None or isinstance(first[0], str)
     if not kept or rng.getstate() != place.expected:
         expected = "one conversation a record" if function.draws else "a text for each conversation's name"
         raise DatasetError(f"{raw.record.key}: the converter promises draws={function.draws} and {expected}; found {n} conversations of {part.n_records} records, the first named {first and first[0]!r}, or another number of draws. Correct the promise, or leave it out")
-    data = out.getvalue()
-    lengths = None if tokenizer is None else _measured(map(json.loads, data.splitlines()), tokenizer)
-    return file, data, tally, lengths, part.rejects, part.lost, part.n_in, part.n_records, part.languages
+    return file, out.getvalue(), tally, lengths and lengths.lengths, part.rejects, part.lost, part.n_in, part.n_records, part.languages
 
 # %% ../../nbs/data/02_conversion.ipynb #9d41c3aa
-def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, out, tokenizer) -> dict | None:
-    "Convert files in parts on several cores, and put the parts together in order; the lengths when there is a tokenizer."
+def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, lengths, out, tokenizer):
+    "Convert files in parts on several cores, and put the parts together in order."
     rows, tokenizer = Counter(), ready(tokenizer)
     options = options | {"tokenizer": tokenizer} if "tokenizer" in options else options
-    lengths = None if tokenizer is None else _measured([], tokenizer)
     task = lambda file, block, connection: _convert_part(raw, function, rng, protocol, options, tokenizer, file, block, connection)
     blocks = ((file, block) for file in raw.files for block in blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl"), large=function.large))
     with Pool(workers, task) as pool:
         for file, data, counts, measured, rejects, lost, n_in, n_records, languages in tqdm(pool.results(blocks, rng, function.draws), desc=raw.record.key, unit=" parts", leave=False):
             out.write(data)
             add_tallies(tally, counts)
-            for kind in lengths or ():
-                lengths[kind].update(measured[kind])
+            if lengths:
+                lengths.merge(measured)
             for ledger, found in ((raw.rejects, rejects), (raw.lost, lost)):
                 for row in found:
                     ledger.append(row | {"row": row["row"] + rows[file]})
             rows[file] += n_in
             raw.n_in, raw.n_records = raw.n_in + n_in, raw.n_records + n_records
             raw.languages.update(languages)
-    return lengths
 
 # %% ../../nbs/data/02_conversion.ipynb #34335790
 def _workers(
@@ -432,7 +432,7 @@ def convert(
     report.reasons, report.lost = dict(raw.rejects.reasons.most_common()), dict(raw.lost.reasons.most_common())
     report.validation["languages"] = dict(raw.languages.most_common())
     if tokenizer is not None:
-        report.lengths = token_lengths(lengths or read_jsonl(folder / f"{record.key}_data.jsonl"), tokenizer, name)
+        report.lengths = token_lengths(lengths, name)
     write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     return report
 

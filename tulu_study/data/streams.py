@@ -88,13 +88,15 @@ def json_line(dataset: str, name: str, messages: list) -> str:
         return json.dumps({"dataset": dataset, "id": name, "messages": messages}) + "\n"
 
 
-def write_conversations(made, dataset: str, tally, out, first: int = 0) -> int:
-    "Write what a converter yields, counting it in passing; `first` is added to its numbers. Returns how many there were."
+def write_conversations(made, dataset: str, tally, out, first: int = 0, lengths=None) -> int:
+    "Write what a converter yields, counting and measuring it in passing; `first` is added to its numbers. Returns how many there were."
     n, made = 0, iter(made)
     while batch := list(islice(made, BATCH)):
         n += len(batch)
         named = [(f"{dataset}_{number + first if first else number}", messages) for number, messages in batch]
         tally.add(named)
+        if lengths:
+            lengths.add([messages for _, messages in named])
         out.write("".join([json_line(dataset, name, messages) for name, messages in named]).encode("ascii"))
     return n
 
