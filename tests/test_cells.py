@@ -104,7 +104,9 @@ def test_same_key_continues_other_key_starts_anew(made, project):
     notebook(project/"nbs"/"runs"/"grow.ipynb", PARAMS, START, "done = run.out_dir/'part.txt'\nseen = done.exists()\ndone.write_text('x')\nif not seen and limit == 0: raise SystemError('cut off')", "run.finish(seen=seen)")
     with pytest.raises(CellError): run_cell("grow", {}, project/"out")
     assert json.loads((project/"out"/"attempt.json").read_text())["key"]
+    (project/"out"/".scores.json.x1y2.part").write_text("torn")
     run_cell("grow", {}, project/"out")
+    assert not list((project/"out").glob(".*.part")), "what a kill left half-written is gone"
     assert json.loads((project/"out"/"result.json").read_text())["seen"] is True
     run_cell("grow", {"limit": 1}, project/"out")
     assert json.loads((project/"out"/"result.json").read_text())["seen"] is False

@@ -12,6 +12,7 @@ TRIED = {
     "make study": ["make", "study"],
     "make report": ["make", "report"],
     "make plan": ["make", "plan"],
+    "make plan STUDY=paper": ["make", "plan", "STUDY=paper"],
     "make doctor": ["make", "doctor"],
     "make lab": ["make", "-n", "lab"],                                  # a server that does not return: its command is shown, its parts are tried below
     "make test": None,                                                  # this is it

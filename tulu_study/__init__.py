@@ -4,7 +4,7 @@ Modules:
 
 - `tulu_study.core.cells`: One cell of the study: one papermill execution of one run notebook, checked before, recorded after.
 - `tulu_study.core.grid`: The set of cells that a study file asks for: names, notebooks, parameters, folders, what needs what, and the state of each.
-- `tulu_study.data.streams`: Files that grow while a conversion runs, and the conversion of one large file on several cores.
+- `tulu_study.data.streams`: Files that grow while a conversion runs, and the conversion of large files on several cores.
 - `tulu_study.evaluation.endpoint`: An engine for models that others run: any address that speaks OpenAI's completions or chat protocol, a vLLM server included.
 - `tulu_study.evaluation.engines`: Engines: what turns prompts into completions and option log-probabilities.
 - `tulu_study.evaluation.runner`: The runner: one checkpoint, all its benchmarks, one engine start, results that survive a kill.

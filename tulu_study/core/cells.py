@@ -329,6 +329,7 @@ def _begin(out_dir: Path, owned: list[Path], key: str, force: bool) -> None:
     if strangers and not attempt.exists():
         raise CellError(f"{strangers[0].parent} holds files that this cell did not write ({strangers[0].name}, …). Give an empty folder, or move them away.")
     if force or not same: clear(owned)
+    for torn in (p for folder in owned for p in folder.rglob(".*.part") if p.is_file()): torn.unlink()   # files that were being written when the last attempt was killed
     for name in ("manifest.json", "failed.json", "result.json"): (out_dir/name).unlink(missing_ok=True)
     for stamp in out_dir.glob("done.*"): stamp.unlink()
     write_atomic(attempt, json.dumps({"key": key, "pid": os.getpid()}))
