@@ -321,7 +321,7 @@ def _stream(
     options: dict,
     folder: Path,  # of the dataset
     workers: int,  # 1 converts in one piece
-    tokenizer,  # measures lengths, None for no lengths
+    tokenizer,  # made ready: measures lengths, None for no lengths
 ) -> tuple:  # (Tally, Lengths or None)
     "Convert into files that take their names at the end; nothing changes when anything fails."
     key, function = raw.record.key, CONVERTERS[raw.record.key]
@@ -375,8 +375,7 @@ def _convert_part(raw: Raw, function, rng, protocol, options, tokenizer, file, b
 # %% ../../nbs/data/02_conversion.ipynb #9d41c3aa
 def _in_parts(raw: Raw, function, rng, protocol, options, workers, tally, lengths, out, tokenizer):
     "Convert files in parts on several cores, and put the parts together in order."
-    rows, tokenizer = Counter(), ready(tokenizer)
-    options = options | {"tokenizer": tokenizer} if "tokenizer" in options else options
+    rows, options = Counter(), options | {"tokenizer": tokenizer} if "tokenizer" in options else options
     task = lambda file, block, connection: _convert_part(raw, function, rng, protocol, options, tokenizer, file, block, connection)
     blocks = ((file, block) for file in raw.files for block in blocks_of(raw.paths[file], file.removesuffix(".gz").endswith(".jsonl"), large=function.large))
     with Pool(workers, task) as pool:
@@ -420,13 +419,13 @@ def convert(
     record, (tokenizer, name) = dataset_record(key), named_tokenizer(tokenizer)
     options = _options(record, options, protocol, tokenizer)
     paths, folder = fetch(record, root=source_root), Path(out_dir) / record.key
-    raw = Raw(record, dict(paths))
+    raw, measuring = Raw(record, dict(paths)), ready(tokenizer)
     report = Report(record.key, protocol, seed, {k: v for k, v in options.items() if k != "tokenizer"}, expected=record.expected)
     try:
-        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, _workers(raw, options, workers), tokenizer)
+        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, _workers(raw, options, workers), measuring)
     except Unsplittable:
         raw = Raw(record, dict(paths))
-        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, 1, tokenizer)
+        tally, lengths = _stream(raw, generator_for(record.key, protocol, seed), protocol, options, folder, 1, measuring)
     _findings(tally, report)
     report.n_in, report.n_records, report.n_rejected, report.files = raw.n_in, raw.n_records, len(raw.rejects), list(paths)
     report.reasons, report.lost = dict(raw.rejects.reasons.most_common()), dict(raw.lost.reasons.most_common())
