@@ -11,6 +11,9 @@ from tulu_study.core.params import datasets, mixes, models
 from tulu_study.training.scale import Rates, Scale, estimate
 
 
+CHAT_TOKENS = 17   # tokens that the chat format adds to a round with LLaMA's tokenizer: both role marks, line ends, end of sequence
+
+
 class PlanError(ValueError):
     "A study whose cost cannot be predicted; says what is missing."
 
@@ -23,7 +26,7 @@ def converted(
     try: report = json.loads((grid.root/"data"/key/"report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     lengths = report.get("lengths") or {}
-    return (report["n_out"], lengths["total"]["mean"], lengths.get("tokenizer", "")) if lengths.get("total") else None
+    return (report["n_out"], lengths["total"]["mean"] + CHAT_TOKENS * report.get("turns", {}).get("mean", 1), lengths.get("tokenizer", "")) if lengths.get("total") else None
 
 
 def printed(
@@ -34,7 +37,7 @@ def printed(
     cells = [published("table1", datasets()[key].name, column) for column in ("n_instances", "avg_rounds", "avg_prompt_length", "avg_completion_length")]
     if any(cell.value in (None, "") for cell in cells): return None
     count, rounds, prompt, completion = (float(cell.value) for cell in cells)
-    return count, rounds * (prompt + completion)
+    return count, rounds * (prompt + completion + CHAT_TOKENS)
 
 
 def amount(
@@ -110,7 +113,7 @@ def cost_lines(
         total = {name: sum(row[name] for row in known) for name in ("tokens", "gpu_hours", "cost", "disk_bytes")}
         table.append(["total", size_text(total["tokens"]), "", f"{max(row['device_bytes'] for row in known) / 1e9:.1f}", "yes" if all(row["fits"] for row in known) else "NO", hours_text(total["gpu_hours"]), "",
                       f"{total['cost']:,.0f}", size_text(total["disk_bytes"]) + "B", size_text(max(row["working_bytes"] for row in known)) + "B", ""])
-    below = [f"Predicted for GPUs of {rates.memory_gib:.1f} GiB, {rates.tflops:.0f} TFLOP/s of which training reaches {rates.utilisation:.0%}, at {rates.price:.2f} {rates.currency} an hour (--gpu_memory, --tflops, --utilisation, --price).",
+    below = [f"Predicted for GPUs of {rates.memory_gib:.1f} GiB, {rates.tflops:g} TFLOP/s of which training reaches {rates.utilisation:.0%}, at {rates.price:.2f} {rates.currency} an hour (--gpu_memory, --tflops, --utilisation, --price).",
              "Fine-tuning alone; evaluation and storage of raw data are not in it. Lengths from " + (", ".join(sorted({row["known_from"] for row in known})) if known else "nowhere") + "."]
     if known and not all(row["fits"] for row in known): below.append("What does not fit: raise gpus or nodes, zero_stage or offload, or lower micro_batch_size, in the base model's record (params/models.yaml, scale) or in the study.")
     return head, table, below
