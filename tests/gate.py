@@ -33,5 +33,5 @@ if state() != before:
     sys.exit("The exported library or the notebooks were out of date: nbdev-export and nbdev-clean changed the files above. Commit what they made.")
 step("notebook tests", [str(BIN/"nbdev-test"), "nbs", "--n-workers", "2", "--skip-folder-re", "^(runs|tour)$"])
 print("── pytest", flush=True)
-# two files at a time: half of the long tests wait for processes that they have killed or started
-sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--durations", "12", *sys.argv[1:]], cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL))
+# two files at a time, the long ones first (tests/conftest.py): half of the long tests wait for processes that they have killed or started
+sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "12", *sys.argv[1:]], cwd=ROOT, env=ENV, stdin=subprocess.DEVNULL))

@@ -85,6 +85,16 @@ def test_failure_is_recorded_with_its_notebook(project):
 def test_parameters_changed_inside_the_notebook_are_found_out(project):
     notebook(project/"nbs"/"runs"/"sly.ipynb", PARAMS, "limit = 99", START, "run.finish()")
     with pytest.raises(CellError, match="limit: asked 4, the notebook used 99"): run_cell("sly", {"limit": 4}, project/"out")
+    notebook(project/"nbs"/"runs"/"late.ipynb", PARAMS, START, "limit = 99", "run.finish()")
+    with pytest.raises(CellError, match="changed its own parameters.*limit: 4 became 99"): run_cell("late", {"limit": 4}, project/"late")
+
+
+@pytest.mark.parametrize("value, kind, fits", [
+    (["gsm"], "list[str]", True), ([1], "list[str]", False), ([], "list[str]", True), ({"n": 1}, "dict[str, int]", True), ({"n": "1"}, "dict[str, int]", False),
+    ([1], "list[str] | list[int]", True), (["a", 1], "list", True), (True, "int", False), ([True], "list[int]", False), (None, "list[str] | None", True),
+])
+def test_types_of_what_lists_and_mappings_hold(value, kind, fits):
+    assert cells._fits(value, kind) is fits
 
 
 def test_a_notebook_without_result_is_no_cell(project):

@@ -80,10 +80,14 @@ def parameters(
 
 
 def _fits(value, kind: str) -> bool:
-    "Whether a value is of an annotated type, e.g. 3 of 'float' and None of 'int | None'."
+    "Whether a value is of an annotated type, e.g. 3 of 'float', None of 'int | None', [\"gsm\"] of 'list[str]'."
     for name in (k.strip() for k in kind.split("|")):
-        want = TYPES.get(name.split("[")[0])
-        if want is None or (isinstance(value, want) and not (isinstance(value, bool) and name != "bool")): return True
+        outer, _, inner = name.partition("[")
+        want = TYPES.get(outer)
+        if want is None: return True
+        if not isinstance(value, want) or (isinstance(value, bool) and name != "bool"): continue
+        inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        if not inner or all(_fits(one, inner[:-1].split(",")[-1]) for one in inside): return True
     return False
 
 
@@ -145,31 +149,42 @@ def _names_in(value) -> set[str]:
     return set().union(*map(_names_in, value)) if isinstance(value, (list, tuple)) else set()
 
 
-def _imports(tree: ast.AST, package: str, chosen: set[str]) -> set[str]:
-    """Modules of the house that a syntax tree uses.
+def _mentions(tree: ast.AST, package: str) -> tuple[set[str], set[str]]:
+    """What a syntax tree says of modules of the house: names, and beginnings of names.
 
-    Counted are imports at any depth, module names in plain strings (`python -m tulu_study.training.finetune`), and f-strings such as
+    Names are imports at any depth and plain strings (`python -m tulu_study.training.finetune`); beginnings come from f-strings such as
     `import_module(f"tulu_study.data.{key}")`, which stand for the modules whose names occur among the cell's parameters."""
-    found = set()
+    names, beginnings = set(), set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.Import): names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level: base = ".".join(filter(None, [*package.split(".")[:len(package.split(".")) - node.level + 1], base]))
-            found |= {base} | {f"{base}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tulu_study."): found.add(node.value)
+            names |= {base} | {f"{base}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("tulu_study."): names.add(node.value)
         elif isinstance(node, ast.JoinedStr) and len(node.values) == 2 and isinstance(node.values[0], ast.Constant) and str(node.values[0].value).startswith("tulu_study."):
-            found |= {node.values[0].value + name for name in chosen}
-    with_parents = {".".join(n.split(".")[:k]) for n in found if n.split(".")[0] == "tulu_study" and all(part.isidentifier() for part in n.split(".")) for k in range(1, n.count(".") + 2)}
+            beginnings.add(node.values[0].value)
+    return _of_the_house(names), beginnings
+
+
+def _of_the_house(names: set[str]) -> set[str]:
+    "Those of the names, and of the packages above them, that are modules of the house."
+    with_parents = {".".join(n.split(".")[:k]) for n in names if n.split(".")[0] == "tulu_study" and all(part.isidentifier() for part in n.split(".")) for k in range(1, n.count(".") + 2)}
     return {n for n in with_parents if _module_file(n)}
 
 
+def _imports(mentions: tuple[set[str], set[str]], chosen: set[str]) -> set[str]:
+    "Modules of the house that a tree uses, given the names among the cell's parameters."
+    names, beginnings = mentions
+    return names | _of_the_house({beginning + name for beginning in beginnings for name in chosen})
+
+
 @functools.cache
-def _module(name: str, stamp: int) -> tuple[str, ast.AST]:
-    "Hash and syntax tree of a module."
+def _module(name: str, stamp: int) -> tuple[str, tuple[set[str], set[str]]]:
+    "Hash of a module's syntax tree, and the modules that it mentions. Many cells ask for the same module: its tree is walked once."
     path = _module_file(name)
     tree = _tree(path.read_text(encoding="utf-8"), str(path))
-    return hash_json(ast.dump(tree)), tree
+    return hash_json(ast.dump(tree)), _mentions(tree, name if path.name == "__init__.py" else name.rpartition(".")[0])
 
 
 def code_parts(
@@ -180,14 +195,12 @@ def code_parts(
     path = notebook_path(notebook)
     trees = [_tree(c["source"], path.name) for c in _code_cells(path) if "parameters" not in c["tags"]]
     chosen = _names_in(science(params or {}))
-    parts, queue = {"notebook": hash_json([ast.dump(t) for t in trees])}, set().union(*(_imports(t, "", chosen) for t in trees))
+    parts, queue = {"notebook": hash_json([ast.dump(t) for t in trees])}, set().union(*(_imports(_mentions(t, ""), chosen) for t in trees))
     while queue:
         name = queue.pop()
         if name in parts or name in DOOR: continue
-        file = _module_file(name)
-        parts[name], tree = _module(name, file.stat().st_mtime_ns)
-        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        queue |= _imports(tree, package, chosen)
+        parts[name], mentions = _module(name, _module_file(name).stat().st_mtime_ns)
+        queue |= _imports(mentions, chosen)
     return dict(sorted(parts.items()))
 
 
@@ -268,6 +281,7 @@ class Run:
     parameters: dict
     out_dir: Path
     timings: dict = field(default_factory=dict)
+    namespace: dict = field(default_factory=dict, repr=False)   # the notebook's globals, to see whether a parameter was changed on the way
 
     @contextlib.contextmanager
     def timed(self, name: str):
@@ -277,7 +291,9 @@ class Run:
         finally: self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
 
     def finish(self, **result):
-        "Write result.json: the parameters as used, the timings, and what the notebook reports."
+        "Write result.json: the parameters as used, the timings, and what the notebook reports. Raises CellError when a cell of the notebook gave a parameter another value."
+        if changed := [f"{name}: {value!r} became {self.namespace[name]!r}" for name, value in self.parameters.items() if name in self.namespace and self.namespace[name] != value]:
+            raise CellError("The notebook changed its own parameters after start(globals()), so they no longer say what was computed: " + "; ".join(changed) + ". Give what is derived from a parameter a name of its own.")
         write_atomic(self.out_dir/"result.json", json.dumps({"parameters": self.parameters, "timings": self.timings, **result}, indent=1, ensure_ascii=False, default=str))
 
 
@@ -299,7 +315,7 @@ def start(
     out_dir = Path(params["out_dir"])
     out_dir = out_dir if out_dir.is_absolute() else project_root()/out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
-    return Run(params, out_dir)
+    return Run(params, out_dir, namespace=namespace)
 
 
 # ------------------------------------------------------------------------------------------------------------ the door
@@ -373,7 +389,9 @@ def _stoppable(work) -> None:
 
 def _execute(path: Path, executed: Path, params: dict) -> None:
     "Run the notebook through papermill, its kernel tied to this process."
-    import logging, papermill
+    import logging
+    sys.modules.setdefault("rfc3987_syntax", None)   # jsonschema would load it to check addresses, which notebooks have none of: two seconds of grammar for every cell
+    import papermill
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger("papermill").setLevel(logging.ERROR)
     site, before = settings(), dict(os.environ)
