@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, contextlib, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, time
+import collections, concurrent.futures, contextlib, csv, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -218,8 +218,28 @@ def report(
         state = grid.state(name)
         print(f"── {name}: {state.word} ({state.reason})")
         for path in sorted(cell.out_dir.glob("*")) if state.word == "done" else ():
-            if path.suffix == ".md": print("\n" + path.read_text(encoding="utf-8"))
-            elif path.suffix in (".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
+            if path.suffix == ".md": print("\n" + _for_terminal(path.read_text(encoding="utf-8")) + "\n")
+            if path.suffix in (".md", ".csv", ".png", ".svg", ".ipynb"): print(f"   {os.path.relpath(path)}")
+
+
+def _for_terminal(
+    text: str,   # Markdown of a page with tables
+) -> str:        # the same, columns aligned, several lines to a row where its cells hold several
+    "Set Markdown tables for reading in a terminal; rows of which nothing ran are counted, not shown."
+    blocks = itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|"))
+    return "\n".join(itertools.chain.from_iterable(_aligned([line.strip("| \n") for line in lines]) if is_table else lines for is_table, lines in blocks))
+
+
+def _aligned(
+    lines: list[str],   # of a Markdown table, outer bars removed
+) -> list[str]:         # for the terminal
+    "Align a table's columns."
+    head, _, *body = [[cell.strip().replace("**", "").split("<br>") for cell in line.split("|")] for line in lines]
+    ran = [row for row in body if any(cell[0] != "not run" for cell in row[1:])]
+    widths = [max(len(part) for row in (head, *ran) for part in row[i]) for i in range(len(head))]
+    height = lambda row: range(max(map(len, row)))
+    said = lambda row: ["  ".join((cell[k] if k < len(cell) else "").ljust(width) for cell, width in zip(row, widths)).rstrip() for k in height(row)]
+    return [*said(head), "─" * (sum(widths) + 2 * len(widths) - 2), *itertools.chain.from_iterable(map(said, ran)), *([f"… and {len(body) - len(ran)} rows that did not run"] if len(ran) < len(body) else [])]
 
 
 @call_parse(pos=["model"])
@@ -344,6 +364,17 @@ def _reachable(url: str) -> bool:
     return True
 
 
+def _sources_root(
+    root: Path | None,   # as set on this site
+) -> tuple:              # whether it is there, what was found, advice, whether that is a fault
+    "Look which datasets and benchmarks have a folder below the sources root."
+    if root is None: return False, "none set", "only needed where the hub cannot be reached (settings.ini, [roots] sources)", False
+    if not root.is_dir(): return False, f"{root}, which is no folder", "correct [roots] sources in settings.ini (TULU_SOURCES, make … SOURCES=), or make the folder: <dataset or benchmark>/<file>", True
+    records = {**datasets(), **benchmarks()}
+    there = [key for key, record in records.items() if (root/record.folder).is_dir()]
+    return bool(there), f"{root}: {len(there)} of {len(records)} datasets and benchmarks ({', '.join(there) or 'none'})", "its folders should be named as the records in params/ say (tulu-study sources)", True
+
+
 @call_parse
 def doctor():
     "Say what will work on this machine, and what to install for the rest."
@@ -353,7 +384,9 @@ def doctor():
         checks.append(["✓" if ok else "✗" if needed else "–", what, found + ("" if ok or not advice else f"  → {advice}")])
     extra = "pip install 'tulu-study[gpu]'" if _gpus() else "pip install 'tulu-study[cpu]' (make setup)"
     check("Python", (3, 10) <= sys.version_info[:2] < (3, 13), sys.version.split()[0], "use Python 3.10 to 3.12")
-    for what, module in {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}.items(): check(what, *_can_import(module), extra)
+    modules = {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for what, found in zip(modules, pool.map(_can_import, modules.values())): check(what, *found, extra)
     check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps", False)
     check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs", needed=False)
     lacking = sandbox.problem()
@@ -361,7 +394,7 @@ def doctor():
     site.results.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(site.results).free / 2**30
     check("disk for results", free > 5, f"{free:.0f} GiB free", "nano needs 1 GiB, mini 5 GiB; set [roots] results")
-    check("sources root", site.sources is not None and site.sources.is_dir(), str(site.sources or "none set"), "only needed where the hub cannot be reached (settings.ini, [roots] sources)", False)
+    check("sources root", *_sources_root(site.sources))
     hub = _reachable("https://huggingface.co")
     check("Hugging Face hub", hub, "answers" if hub else "does not answer", "downloads will fail; set a sources root (the nano study needs neither)", False)
     check("Slurm", bool(shutil.which("sbatch")), shutil.which("sbatch") or "no sbatch", "only needed for [executor] profile = slurm", False)
