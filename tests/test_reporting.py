@@ -156,7 +156,7 @@ def test_other_sizes_have_no_published_numbers(tmp_path):
 @pytest.fixture
 def invented_world(monkeypatch):
     "As if `mine` were a study of an invented world."
-    record = SimpleNamespace(title="small | one", world={"seed": 1}, data=SimpleNamespace(limit=64), training=SimpleNamespace(loss="token"))
+    record = SimpleNamespace(title="small | one", world={"seed": 1}, data=SimpleNamespace(limit=64), training=SimpleNamespace(loss="token"), models={"7B": SimpleNamespace(base="nano-llama-s")})
     for module in (scores, tables):
         monkeypatch.setattr(module, "study_record", lambda study: record)
 
@@ -290,7 +290,7 @@ def test_table1_with_another_tokenizer_shows_no_difference_of_lengths(tmp_path):
 
 
 def test_table1_without_lengths_and_with_an_invented_world(tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "load_study", lambda name: SimpleNamespace(title="small", world={"seed": 1}, data=SimpleNamespace(limit=64)))
+    monkeypatch.setattr(scores, "load_study", lambda name: SimpleNamespace(title="small", world={"seed": 1}, data=SimpleNamespace(limit=64), models={}))
     assert scores.INVENTED in scores.study_facts("smoke") and any("at most 64" in fact for fact in scores.study_facts("smoke"))
     report(tmp_path, "dolly", tokenizer=None)
     rows = tables.table1("smoke", ["dolly"], tmp_path / "data")
@@ -426,3 +426,15 @@ def test_importing_reporting_is_light():
     heavy = ("torch", "transformers", "vllm", "deepspeed", "datasets", "seaborn", "matplotlib", "pandas")
     code = f"import sys, tulu_study.reporting, tulu_study.reporting.tables, tulu_study.reporting.figures, tulu_study.reporting.copying; print([name for name in {heavy!r} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_size_that_the_paper_has_not_is_shown_alone():
+    cells = tables.table3("nano", "7B", ["vanilla"], {"gsm": {"settings": ["cot"]}}, "nowhere")
+    assert "paper —" not in tables.table3_markdown(cells) and "LLaMA 13B alone" in tables.table3_markdown(cells)
+    assert "paper —" in tables.table3_markdown(tables.table3("nano", "13B", ["vanilla"], {"gsm": {"settings": ["cot"]}}, "nowhere"))
+
+
+def test_table1_names_what_is_remarked_about_the_base_model(tmp_path):
+    report(tmp_path, "dolly", tokenizer=None)
+    assert "already instruction-tuned by its makers; dequantised" in tables.table1_markdown(tables.table1("mini", ["dolly"], tmp_path / "data"))
+    assert "Base model" not in tables.table1_markdown(tables.table1("nano", ["dolly"], tmp_path / "data"))

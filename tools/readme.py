@@ -2,6 +2,7 @@
 import re, sys
 from pathlib import Path
 
+import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def readme() -> str:
     "The README's text: the notebook as Markdown, its links seen from the project's root."
-    text, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(ROOT/"nbs"/"index.ipynb"))
+    notebook = nbformat.read(ROOT/"nbs"/"index.ipynb", as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}      # cleaned notebooks do not keep it; it names the language of code blocks
+    text, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
     text = re.sub(r"\]\(\.\./", "](", text)
     text = re.sub(r"\]\((?=(?:core|data|training|evaluation|reporting|world|runs|tour)/)", "](nbs/", text)
     return "<!-- generated from nbs/index.ipynb by `make readme`: edit the notebook -->\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

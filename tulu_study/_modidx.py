@@ -987,6 +987,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'tulu_study/reporting/tables.py'),
                                              'tulu_study.reporting.tables.measured': ( 'reporting/tables.html#measured',
                                                                                        'tulu_study/reporting/tables.py'),
+                                             'tulu_study.reporting.tables.noted_bases': ( 'reporting/tables.html#noted_bases',
+                                                                                          'tulu_study/reporting/tables.py'),
                                              'tulu_study.reporting.tables.own_text': ( 'reporting/tables.html#own_text',
                                                                                        'tulu_study/reporting/tables.py'),
                                              'tulu_study.reporting.tables.paper_text': ( 'reporting/tables.html#paper_text',

@@ -167,7 +167,7 @@ class Grid(dict):
         for table in study.tables:
             if table == "table1":
                 shown = list(dict.fromkeys(used + study.data.convert))
-                self._add("table", table, table, dict(study=study.study, datasets=shown, data_dir=str(self.root/"data")), [self._data_cell(d) for d in shown], said)
+                self._add("table", table, table, dict(study=study.study, datasets=shown, data_dir=str(self.root/"data")), [self._data_cell(d) for d in shown], said | {"notes": {m.base: models()[m.base].note for m in study.models.values()}})
         for kind, notebook in [("table", t) for t in study.tables if t != "table1"] + [("figure", f) for f in study.figures]:
             for size, model in study.models.items():
                 label = notebook if len(study.models) == 1 else f"{notebook}-{size}"

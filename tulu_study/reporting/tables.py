@@ -6,16 +6,16 @@
 __all__ = ['FAILED', 'COLOURS', 'MEASURES', 'TABLE1_FIELDS', 'PUBLISHED_FIELDS', 'escape', 'markdown_table', 'csv_text', 'signed',
            'mean_of', 'average_cell', 'table3', 'mark', 'own_text', 'paper_text', 'cell_markdown', 'column_foot',
            'values_of', 'loss_fact', 'legend', 'foot', 'head', 'rows_markdown', 'table3_markdown', 'styled',
-           'tokenizer_name', 'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'table1_cell',
-           'table1_head', 'table1_foot', 'table1_markdown', 'write_table', 'write_table1', 'write_table3', 'printed',
-           'published_table', 'published_tables', 'table1_row']
+           'tokenizer_name', 'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'noted_bases',
+           'table1_cell', 'table1_head', 'table1_foot', 'table1_markdown', 'write_table', 'write_table1',
+           'write_table3', 'printed', 'published_table', 'published_tables', 'table1_row']
 
 # %% ../../nbs/reporting/01_tables.ipynb #e55ea7f8
 import csv, html, io, json, math, statistics
 from pathlib import Path
 
 from ..core.files import write_atomic
-from ..core.params import benchmarks as benchmark_records, mixes
+from ..core.params import benchmarks as benchmark_records, mixes, models
 from ..core.stats import minimum_detectable
 from .published import LEGEND, MARKS, published, table_columns, table_rows
 from .scores import CELL_FIELDS, INVENTED, base_facts, comparable, grid, in_place_of, invented, row_labels, study_facts, study_record
@@ -180,7 +180,8 @@ def table3_markdown(cells: list[dict], # records of `table3`
     rows = [[cell for cell in cells if cell["key"] == key] for key in dict.fromkeys(cell["key"] for cell in cells)]
     first, second = ([[cell for cell in row if ((cell["benchmark"], cell["setting"]) in paper) == printed] for row in rows] for printed in (True, False))
     second = [row for row in second if any(cell["why"] != "the study does not have this row" for cell in row)]
-    page = [f"# Table 3 · {escape(in_place_of(cells))}", *head(cells), rows_markdown(first, cell_markdown)]
+    compared = any(cell["published"] is not None for cell in cells)   # the paper's Table 3 is one size: beside another there is nothing to print
+    page = [f"# Table 3 · {escape(in_place_of(cells))}", *head(cells), rows_markdown(first, cell_markdown if compared else own_text)]
     if second: page += ["## Settings that the paper's Table 3 does not print", rows_markdown(second, own_text)]
     return "\n\n".join(page) + "\n\n" + "\n".join(f"- {note}" for note in foot(cells)) + "\n"
 
@@ -256,6 +257,13 @@ def table1(study: str,         # the study's name
             found.append(same | table1_record(measure, value, why, published("table1", names[key], measure) if names.get(key) else None, tokenizer))
     return comparable(found)
 
+# %% ../../nbs/reporting/01_tables.ipynb #b7a0c1d3
+def noted_bases(study: str) -> list[str]:
+    "The base models of a study that the registry has a remark on, one line each; nothing for a study that is not at hand."
+    record = study_record(study)
+    bases = [models()[key] for key in dict.fromkeys(model.base for model in record.models.values())] if record else []
+    return [f"Base model: {base.name} ({base.note})" for base in bases if base.note and base.kind != "nano"]
+
 # %% ../../nbs/reporting/01_tables.ipynb #2c58eac0
 def table1_cell(row: dict) -> str:
     "Ours, the paper's and the difference of one cell, in Markdown."
@@ -267,7 +275,7 @@ def table1_head(rows: list[dict], # records of `table1`
                 ) -> list[str]:
     "The lines above Table 1."
     study, world = rows[0]["study"], invented(rows[0]["study"])
-    lines = [f"Study `{study}`"] + [INVENTED] * world
+    lines = [f"Study `{study}`"] + [INVENTED] * world + noted_bases(study)
     counts = [row for row in rows if row["measure"] == "n_instances" and None not in (row["value"], row["published"])]
     short = [f"{row['label']} {row['value']:,} of {row['published']:,.0f}" for row in counts if row["value"] < 0.9 * row["published"]]
     return lines + ([f"**A sample, not the whole**: the raw files gave fewer instances than the paper counts for {escape('; '.join(short))}"] if short and not world else [])
