@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.files import append_jsonl, cut_torn_line, hash_json, read_jsonl
 from ..core.sources import fetch
 from . import sandbox
-from .benchmark import Benchmark, Example, chat_prompt, check_rows, percent_mean, percent_with_interval, register
+from .benchmark import Benchmark, Example, asked, chat_prompt, check_rows, percent_mean, percent_with_interval, register
 
 # %% ../../nbs/evaluation/07_codex_eval.ipynb #033f1836
 def pass_at_k(
@@ -90,7 +90,8 @@ class CodexEval(Benchmark):
 
     def load(self):
         options = self.record.options | self.record.settings[self.setting].options
-        self.temperature, self.top_p, self.n_samples = options["temperature"], options["top_p"], options["n_samples"]
+        decoding = self.record.settings[self.setting].decoding
+        self.temperature, self.top_p, self.n_samples = decoding.temperature, decoding.top_p, decoding.n_samples
         self.k, self.ks, self.timeout, self.chat_format = options["k"], options["ks"], options["timeout"], options["chat_format"]
         path = fetch(self.record, names=["HumanEval.jsonl.gz"], root=self.source_root)["HumanEval.jsonl.gz"]
         self.problems = read_problems(path)
@@ -150,13 +151,13 @@ def score_one(
 def score(
     self: CodexEval,
     predictions: list,  # rows after `finish`
-) -> dict:  # value, low, high (percent), interval, n, n_errors, groups, pass_at_k, verdicts
+) -> dict:  # value, low, high (percent), interval, n, n_errors, groups, examples, pass_at_k, verdicts
     "pass@k over all problems, with its interval."
     done = [row["checks"] for row in predictions if self.score_one(row) is not None]
     fewest = min(map(len, done), default=0)
     values = {f"pass@{k}": [pass_at_k(len(checks), checks.count("passed"), k) for checks in done] for k in sorted({*self.ks, self.k}) if k <= fewest}
     words = [result.split(":")[0] for checks in done for result in checks]
     found = percent_with_interval(values.get(f"pass@{self.k}", []), [""] * len(done), self.record.average)
-    return {**found, "n": len(done), "n_errors": len(predictions) - len(done), "micro": found["value"], "macro": None, "groups": {},
+    return {**found, "n": len(done), "n_errors": len(predictions) - len(done), "micro": found["value"], "macro": None, "groups": {}, "examples": asked(predictions),
             "pass_at_k": {name: percent_mean(each) for name, each in values.items()}, "n_samples": fewest, "temperature": self.temperature, "top_p": self.top_p,
             "verdicts": {word: words.count(word) for word in ("passed", "failed", "timed out")}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'SUBCATEGORY', 'CATEGORY', 'LETTERS', 'read_tables', 'read_rows', 'header', 'question_text',
-           'TokenBudget', 'MMLU', 'cells']
+           'TokenBudget', 'likeliest', 'MMLU', 'cells']
 
 # %% ../../nbs/evaluation/03_mmlu.ipynb #a0d0c721
 import io
@@ -118,6 +118,14 @@ class TokenBudget:
         self.exact += 1
         return self.count(head + tail) <= self.limit
 
+# %% ../../nbs/evaluation/03_mmlu.ipynb #likeliest
+def likeliest(
+    logprobs: list,  # of A, B, C and D
+) -> str:  # the letter
+    "The letter with the greatest log-probability, the first of equals."
+    return LETTERS[logprobs.index(max(logprobs))]
+
+
 # %% ../../nbs/evaluation/03_mmlu.ipynb #10eafc7d
 @register("mmlu")
 class MMLU(Benchmark):
@@ -136,8 +144,7 @@ class MMLU(Benchmark):
         self.max_prompt_tokens = limit
         self.budget = TokenBudget(self.tokenizer, limit) if self.tokenizer else None
 
-    def extract(self, completion): return completion.strip()
-    def choose(self, logprobs): return LETTERS[logprobs.index(max(logprobs))]
+    def choose(self, logprobs): return likeliest(logprobs)
 
 # %% ../../nbs/evaluation/03_mmlu.ipynb #6dd1f7a3
 def cells(

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.sources import SourceError, fetch
-from .benchmark import Benchmark, Example, chat_prompt, local_files, percent_mean, read_text, register
+from .benchmark import Benchmark, Example, chat_prompt, local_files, percent_mean, read_text, register, untouched
 from .stand_ins import Judge, StandIn, choose_judges, judged, stand_in_facts
 
 # %% ../../nbs/evaluation/08_toxigen.ipynb #1ec7e918
@@ -109,7 +109,7 @@ class ToxiGen(Benchmark):
     def turn(self, example): return f"Complete the following: {example.fields['text']}"
     def prompt(self, example, chat=False): return chat_prompt(self.turn(example), "") if chat else self.plain_prompt(example)
     def stop(self, chat=False): return [] if chat else ["\n"]
-    def extract(self, completion): return completion
+    def extract(self, completion): return untouched(completion)
 
 # %% ../../nbs/evaluation/08_toxigen.ipynb #96f0a401
 @patch

@@ -141,7 +141,8 @@ def prompt(
     with_passage, without, *labels = TEMPLATES[example.group]
     shots = [f"{self.asked(row, labels)}\n{labels[2]} {row['answer']}" for row in self.exemplars[example.group]]
     text = "\n\n".join([without if self.setting == "closed_book" else with_passage, *shots, self.asked(example.fields, labels)]) + "\n"
-    return chat_prompt(text, labels[2]) if chat else text + labels[2]
+    if not chat: return text + labels[2]
+    return chat_prompt(text if self.protocol == "paper" else text.strip(), labels[2])
 
 # %% ../../nbs/evaluation/05_tydiqa.ipynb #bab3a870
 @patch
