@@ -99,34 +99,73 @@ def test_tokenizer_is_like_llamas(world):
     assert all(len(tokenizer.tokenize(f" {letter}")) == 1 for letter in "ABCD"), "a multiple-choice letter is one token"
 
 
+class Schema:
+    "What a source's records are like, all of them together: an optional field may be missing from any of them, or be null."
+    def __init__(self, records):
+        self.orders, self.types, self.always = [], {}, None
+        for record in records:
+            if list(record) not in self.orders: self.orders.append(list(record))
+            for key, value in record.items(): self.types.setdefault(key, set()).update([type(value)] if value is not None else [])
+            self.always = set(record) if self.always is None else self.always & set(record)
+
+    def problems(self, record, types=True):
+        "Fields that the source does not have, fields that it always has, values of other types, another order."
+        found = [f"{key} is unknown" for key in record if key not in self.types] + [f"{key} is missing" for key in sorted(self.always - set(record))]
+        if types: found += [f"{key}: {type(value)}, expected one of {self.types[key]}" for key, value in record.items() if value is not None and self.types.get(key) and type(value) not in self.types[key]]
+        return found + [f"order {list(record)}, expected {order}" for order in self.orders if [key for key in order if key in record] != [key for key in record if key in order]]
+
+
+def at_mirror(*paths):
+    "Paths of the real sources; skips where one is absent."
+    if absent := [str(MIRROR / path) for path in paths if not (MIRROR / path).exists()]: pytest.skip(f"not on this machine (TULU_MIRROR): {', '.join(absent)}")
+    return [MIRROR / path for path in paths]
+
+
+def test_schema_tells_an_optional_field_from_an_unknown_one():
+    schema = Schema([{"a": "x", "b": None}, {"a": "y"}, {"a": "z", "b": 1, "c": None}])
+    assert schema.problems({"a": ""}) == schema.problems({"a": "", "b": 3, "c": 4}) == schema.problems({"a": "", "b": None}) == []
+    assert [len(schema.problems(row)) for row in ({"b": 1}, {"a": "", "d": 1}, {"a": 5}, {"b": 1, "a": ""})] == [1, 1, 1, 2]
+
+
 @pytest.mark.parametrize("path", JSONL)
 def test_fields_equal_the_real_source(world, path):
-    if not (MIRROR / path).exists(): pytest.skip(f"no {MIRROR / path}")
-    with open(MIRROR / path, encoding="utf-8") as f: real = json.loads(f.readline())
+    schema, broken = Schema(rows(at_mirror(path)[0])), 0
     for row in rows(world[0] / path):
-        if "response" in real and "response" not in row: continue  # the broken row
-        assert list(row) == list(real)
-        assert {key: type(value) for key, value in row.items()} == {key: type(value) for key, value in real.items()}
+        if "response" in schema.always and "response" not in row: broken += 1  # the broken row
+        else: assert schema.problems(row) == []
+    assert broken == ("dolly" in path)
 
 
 def test_trees_equal_the_real_source(world):
-    if not (MIRROR / TREES).exists(): pytest.skip(f"no {MIRROR / TREES}")
-    with gzip.open(MIRROR / TREES, "rt", encoding="utf-8") as f: real = json.loads(f.readline())
+    real = rows(at_mirror(TREES)[0])
+    messages = [message for tree in real for message in nodes(tree["prompt"])]
+    tree_of, message_of = Schema(real), Schema(messages)
+    within = {key: Schema([message[key] for message in messages if message.get(key)]) for key in ("detoxify", "emojis", "labels")}
+    names = Schema([dict.fromkeys(message["labels"]["name"]) for message in messages if message.get("labels")])
     for tree in rows(world[0] / TREES):
-        assert list(tree) == list(real)
+        assert tree_of.problems(tree) == []
         for message in nodes(tree["prompt"]):
-            assert list(message) == list(real["prompt"])
-            for key in ("detoxify", "emojis", "labels"): assert list(message[key]) == list(real["prompt"][key]), key
-            assert message["labels"]["name"] == real["prompt"]["labels"]["name"]
+            assert message_of.problems(message) == []
+            assert {key: found for key, schema in within.items() if (found := schema.problems(message[key], types=False))} == {}
+            assert names.problems(dict.fromkeys(message["labels"]["name"])) == []
 
 
-def test_benchmark_layout_equals_the_real_source(world):
-    folder = world[0]
-    if not (MIRROR / "mmlu").exists(): pytest.skip(f"no {MIRROR / 'mmlu'}")
-    own = {str(path.relative_to(folder)) for path in (folder / "mmlu").rglob("*.csv")}
-    assert own <= {str(path.relative_to(MIRROR)) for path in (MIRROR / "mmlu").rglob("*.csv")}
-    for path in own:
-        for row in csv.reader(open(folder / path, encoding="utf-8", newline="")):
-            assert len(row) == 6 and row[5] in "ABCD" and len(set(row[1:5])) == 4
-    shots, real = (json.loads((root / "gsm8k/cot_exemplars.json").read_text()) for root in (folder, MIRROR))
-    assert len(shots) == len(real) == 8 and [list(shot) for shot in shots] == [list(shot) for shot in real]
+def test_multiple_choice_layout_equals_the_real_source(world):
+    own, real = ({path.relative_to(root / "mmlu"): path for path in (root / "mmlu").rglob("*.csv")} for root in (world[0], at_mirror("mmlu")[0].parent))
+    assert {(path.parent.name, path.stem.rsplit("_", 1)[1]) for path in own} == {("dev", "dev"), ("test", "test")} <= {(path.parent.name, path.stem.rsplit("_", 1)[1]) for path in real}
+    shared = sorted(own.keys() & real.keys())
+    if not shared: pytest.skip(f"none of the world's subjects is in {MIRROR / 'mmlu'}")
+    for path in [*own.values(), *(real[path] for path in shared)]:
+        for row in csv.reader(open(path, encoding="utf-8", newline="")): assert len(row) == 6 and row[5] in "ABCD", path
+    for path in own.values():
+        for row in csv.reader(open(path, encoding="utf-8", newline="")): assert len(set(row[1:5])) == 4, path
+
+
+def test_subjects_are_real_ones(world):
+    from tulu_study.evaluation.mmlu import CATEGORY
+    assert {path.stem.rsplit("_", 1)[0] for path in (world[0] / "mmlu").rglob("*.csv")} <= set(CATEGORY)
+
+
+def test_exemplars_equal_the_real_source(world):
+    shots, real = (json.loads((root / "gsm8k/cot_exemplars.json").read_text(encoding="utf-8")) for root in (world[0], at_mirror("gsm8k/cot_exemplars.json")[0].parents[1]))
+    assert len(shots) == 8 and [found for shot in shots if (found := Schema(real).problems(shot))] == []

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-GOLDEN = Path(os.environ.get("TULU_GOLDEN") or ROOT.parent / "shared" / "golden")
-MIRROR = Path(os.environ.get("TULU_MIRROR") or ROOT.parent / "shared" / "mirror")
+USUAL_GOLDEN, USUAL_MIRROR = ROOT.parent / "shared" / "golden", ROOT.parent / "shared" / "mirror"
+GOLDEN = Path(os.environ.get("TULU_GOLDEN") or USUAL_GOLDEN)
+MIRROR = Path(os.environ.get("TULU_MIRROR") or USUAL_MIRROR)
 
 VECTORS = "reference_vectors.json"
 MIRROR_FILES = ("mirror_conversations.json", "mirror_encodings.json", "mirror_prompts.json")
@@ -86,6 +87,22 @@ def parse_options(function):
     return {name: _literal(text) for name, text in found}
 
 
+def seed_of(case):
+    "The seed that a vector's input or function names; 42 as everywhere in the reference."
+    given = case.input if isinstance(case.input, dict) else {}
+    said = re.search(r"seed\W{0,2}(\d+)", case.function)
+    return given.get("seed", int(said[1]) if said else 42)
+
+
+PAPER = "b55563782"   # the state of the reference that the protocol `paper` follows; vectors of any state may say so themselves
+
+
+def older_behaviour(case):
+    "Whether only other states of the reference gave this output, of a function that the state of the paper has too: no protocol here follows those."
+    elsewhere = ("eval.mgsm.*", "scripts/weight_diff.py", "human_eval/*", "convert_*_data")   # not in that state, or with a protocol of their own
+    return bool(case.commits) and PAPER not in case.commits and not any(fnmatch.fnmatchcase(case.word, pattern) for pattern in elsewhere)
+
+
 def _literal(text):
     try:
         return ast.literal_eval(text)
@@ -93,10 +110,41 @@ def _literal(text):
         return text
 
 
-def golden(file):
+def golden(file, folder=None):
     "One golden file; an absent one holds nothing (the summary names it)."
-    path = GOLDEN / file
+    path = (folder or GOLDEN) / file
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def siblings(pick, missing):
+    """Rows of other vectors, for a case that speaks of "the same rows": `pick(function, input)` takes them from an input, None where it will not do.
+    Vectors of the case's own file come first, then the usual ones. Raises CannotRebuild, saying what is `missing`, where there are none."""
+    for folder in dict.fromkeys([GOLDEN, USUAL_GOLDEN]):
+        vectors = [v for group in golden(VECTORS, folder).values() if isinstance(group, list) for v in group]
+        picked = [pick(v["function"], v["input"]) for v in vectors if isinstance(v.get("input"), dict)]
+        if found := {json.dumps(rows, sort_keys=True): rows for rows in picked if rows is not None}: return list(found.values())
+    raise CannotRebuild(f"{missing} not given, and no other vector has them")
+
+
+def with_any(choices, check):
+    "Call `check` with one choice after the other until one of them holds; what the last one raises stands."
+    *others, last = choices
+    for choice in others:
+        try: return check(choice)
+        except AssertionError: continue
+    return check(last)
+
+
+def in_mirror(*parts):
+    "A path of the mirror. Raises CannotRebuild where the mirror has none: what cannot be read cannot be compared."
+    path = MIRROR.joinpath(*parts)
+    if not path.exists(): raise CannotRebuild(f"{path} is not on this machine")
+    return path
+
+
+def published(*parts):
+    "A file that vectors rest on which are not about the mirror (exemplars, tokenizers): the mirror's, or the usual mirror's where that lacks it."
+    return next((path for mirror in (MIRROR, USUAL_MIRROR) if (path := mirror.joinpath(*parts)).exists()), None) or in_mirror(*parts)
 
 
 def cases():
@@ -173,8 +221,22 @@ def sha256_rows(rows, sort_keys=True):
 
 
 @functools.lru_cache(maxsize=None)
-def converted(key):
-    "Path of the JSONL that the product makes of one raw folder of the mirror (made once a session)."
-    from tulu_study.data import convert
-    convert(key, MIRROR, WORK.name, tokenizer=MIRROR / "tokenizers" / "llama" if key == "sharegpt" else None)
-    return Path(WORK.name) / key / f"{key}_data.jsonl"
+def converted(words):
+    """Path of the JSONL that the product makes of one raw folder of the mirror (made once a session). `words` are a dataset's key and,
+    behind slashes, a protocol and options by name: `oasst1`, `oasst1/june2023`, `cot/num_zero_shot_examples=10`, `dolly/seed=7`, `sharegpt/4096`."""
+    from tulu_study.core.params import datasets
+    from tulu_study.data import convert, converters
+    key, *rest = words.split("/")
+    if key not in datasets(): raise CannotRebuild(f"{key!r} is no dataset of the study")
+    folder = in_mirror(datasets()[key].folder)
+    if absent := [file.name for file in datasets()[key].files if not file.optional and not (folder / file.name).exists() and not (folder / file.name.removesuffix(".gz")).exists()]:
+        raise CannotRebuild(f"{folder} lacks {', '.join(absent)}")
+    options = {name: value for part in rest for name, value in parse_options(part).items()}
+    for part in (part for part in rest if "=" not in part):
+        if part in ("v1", "13404e37a", *converters()[key].protocols): options["protocol"] = {"v1": "june2023", "13404e37a": "june2023"}.get(part, part)
+        elif key == "sharegpt" and part.isdigit(): options["max_length"] = int(part)
+        elif part not in ("v2", PAPER): raise CannotRebuild(f"{words}: {part!r} is neither a protocol of {key} ({', '.join(converters()[key].protocols)}) nor an option as name=value")
+    if options.get("protocol") not in (None, *converters()[key].protocols): options.pop("protocol")   # a state of the reference in which this converter was the same
+    out = Path(WORK.name) / words.replace("/", "-")
+    convert(key, MIRROR, out, tokenizer=published("tokenizers", "llama") if key == "sharegpt" else None, **options)
+    return out / key / f"{key}_data.jsonl"

@@ -1,11 +1,12 @@
 """Datasets and chat text: templates, converters, whole files of the mirror."""
 import inspect
+import json
 import random
 import re
 import tempfile
 from pathlib import Path
 
-from handlers import MIRROR, CannotRebuild, converted, handles, same, sha256_rows
+from handlers import MIRROR, PAPER, CannotRebuild, converted, handles, published, same, seed_of, sha256_rows
 from tulu_study.core.files import read_jsonl
 from tulu_study.core.messages import render_eval_chat
 from tulu_study.core.params import SourceFile, datasets
@@ -39,14 +40,13 @@ class _Picks:
 
 @handles("encode_instruction_example")
 def instruction_examples(case):
-    options, rng = _encoder_options(case), random.Random((case.input or {}).get("seed", 42) if not isinstance(case.input, list) else 42)
+    options, rng = _encoder_options(case), random.Random(seed_of(case))
     expected = case.output if isinstance(case.output, list) else [case.output]
     found = [encode_instruction_example(*example, rng=rng, **options) for example in _examples(case, expected, options.get("eos", ""))]
     if case.input is None:   # the draw is not given either: any row of the table that yields this prompt will do
-        rows = len(WITH_INPUT)
-        example = _examples(case, expected, options.get("eos", ""))[0]
-        found = [encode_instruction_example(*example, rng=_Picks(row), **options) for row in range(rows)]
-        assert expected[0] in found, f"no template gives {expected[0]!r}"
+        for example, wanted in zip(_examples(case, expected, options.get("eos", "")), expected, strict=True):
+            table = WITH_INPUT if example[1].strip() else WITHOUT_INPUT
+            assert wanted in [encode_instruction_example(*example, rng=_Picks(row), **options) for row in range(len(table))], f"no template gives {wanted!r}"
         return
     same(found, expected)
 
@@ -59,24 +59,26 @@ def _encoder_options(case):
 def _examples(case, expected, eos):
     "The calls behind a vector: a list of triples, an object, or a sentence about them."
     if isinstance(case.input, list):
-        return [tuple(triple.values()) if isinstance(triple, dict) else tuple(triple) for triple in case.input]
+        return [tuple(triple.get(name) for name in ("instruction", "input", "output")) if isinstance(triple, dict) else tuple(triple) for triple in case.input]
     if isinstance(case.input, dict) and "instruction" in case.input:
         return [(case.input["instruction"], case.input.get("input"), case.input["output"])]
-    answer = expected[0]["completion"].removesuffix(eos).strip()
-    if isinstance(case.input, dict) and "calls" in case.input:
-        return _examples_in_words(case.input["calls"], answer, len(expected))
+    answers = [row["completion"].removesuffix(eos).strip() for row in expected]
+    if isinstance(case.input, dict) and (listed := next((case.input[name] for name in ("calls", "examples") if name in case.input), None)):
+        if isinstance(listed, list): return [tuple(row.get(name) for name in ("instruction", "input", "output")) if isinstance(row, dict) else tuple(row) for row in listed]
+        return _examples_in_words(listed, answers)
+    if isinstance(case.input, str): return _examples_in_words(case.input, answers)
     if case.input is None:
-        pieces = [piece for piece in re.split(r"\s*\n\s*", expected[0]["prompt"]) if piece]
-        if len(pieces) in (1, 2):
-            return [(pieces[0], pieces[1] if len(pieces) == 2 else "", answer)]
+        pieces = [[piece for piece in re.split(r"\s*\n\s*", row["prompt"]) if piece] for row in expected]
+        if all(len(found) in (1, 2) for found in pieces):
+            return [(found[0], found[1] if len(found) == 2 else "", answer) for found, answer in zip(pieces, answers)]
     raise CannotRebuild(f"input {case.input!r} does not say what was encoded")
 
 
-def _examples_in_words(words, answer, n):
+def _examples_in_words(words, answers):
     "'12 calls, instruction I0..I11, input is two spaces'"
-    calls, name = re.search(r"(\d+) calls", words), re.search(r"instructions? (\w*?)0\b", words)
+    name = re.search(r"instructions? (?:is |are |= ?)?(\w*?)0\b", words)
     said = re.search(r"inputs? (?:is |are |= ?)?(.+?)(?:,|$)", words)
-    if not (calls and name and said):
+    if not (name and said):
         raise CannotRebuild(f"cannot read the calls from {words!r}")
     text, numbered = said[1].strip(), re.match(r"(\w*?)0\.\.", said[1])
     blanks = {"one space": " ", "a space": " ", "two spaces": "  ", "three spaces": "   ", "empty": "", "blank": " ", "null": None, "None": None, "a newline": "\n"}
@@ -84,7 +86,7 @@ def _examples_in_words(words, answer, n):
         raise CannotRebuild(f"cannot read the input from {words!r}")
     def input_of(i):
         return f"{numbered[1]}{i}" if numbered else blanks[text] if text in blanks else text[1:-1]
-    return [(f"{name[1]}{i}", input_of(i), answer) for i in range(int(calls[1]))]
+    return [(f"{name[1]}{i}", input_of(i), answer) for i, answer in enumerate(answers)]
 
 
 @handles("encode_few_shot_example")
@@ -101,7 +103,7 @@ def conversion(case):
     key = re.fullmatch(r"convert_(\w+)_data", case.word)[1]
     said = {**case.options, **{name: value for name, value in case.input.items() if name not in ("raw_files", "seed")}, **(case.input.get("options") or {})}
     options = {name: value for name, value in said.items() if name in inspect.signature(converters()[key]).parameters}
-    if "june2023" in converters()[key].protocols and case.commits and "b55563782" not in case.commits:   # older than the protocol of the paper; other converters did not change
+    if "june2023" in converters()[key].protocols and case.commits and PAPER not in case.commits:   # older than the protocol of the paper; other converters did not change
         if "13404e37a" not in case.commits:
             raise CannotRebuild(f"behaviour of {case.commits}, which the product has no protocol for")
         options["protocol"] = "june2023"
@@ -111,14 +113,14 @@ def conversion(case):
         for name, content in _named_as_here(key, given).items():
             path = Path(folder) / "raw" / key / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         record, more = _record_and_more(key, given)
-        report = convert(record, Path(folder) / "raw", folder, seed=case.input.get("seed", 42), **options, **more)
-        for name, rows in case.output["files"].items():
+        report = convert(record, Path(folder) / "raw", folder, seed=seed_of(case), **options, **more)
+        for name, rows in (case.output["files"] if isinstance(case.output, dict) else {f"{key}_data.jsonl": case.output}).items():
             same(list(read_jsonl(Path(folder) / key / name)), rows, name)
             assert [list(row) for row in read_jsonl(Path(folder) / key / name)] == [["dataset", "id", "messages"]] * len(rows)
         dropped = report.reasons.pop("system_or_bing", 0)   # of these the reference prints the number
-        if said := re.search(r"invalid examples in sharegpt data: (\d+)", case.output.get("stdout") or ""):
+        if said := re.search(r"invalid examples in sharegpt data: (\d+)", isinstance(case.output, dict) and case.output.get("stdout") or ""):
             same(dropped, int(said[1]), "conversations with system or bing")
         same({reason: n for reason, n in report.reasons.items() if reason not in SAYS_NOTHING}, {}, "rejected records")
 
@@ -134,7 +136,7 @@ def _record_and_more(key, given):
     ready = not {file.name for file in ours.files} & set(given)
     if ready:
         return ours.model_copy(update={"files": [SourceFile(name=name) for name in given]}), {"already_split": True}
-    return key, {"tokenizer": MIRROR / "tokenizers" / "llama"}
+    return key, {"tokenizer": published("tokenizers", "llama")}
 
 
 @handles("split_one_sample")
@@ -142,7 +144,8 @@ def sharegpt_split(case):
     "Pieces and the role filter, with one token a word, one for the beginning of a text, and six a message."
     from tulu_study.data.sharegpt import HEADER, role_fault, split_paper
     given = case.input if isinstance(case.input, dict) else {}
-    max_length = given.get("max_length", case.options.get("max_length"))
+    in_words = re.search(r"max_length\D{1,4}(\d+)", f"{case.function} {case.input}")
+    max_length = given.get("max_length", case.options.get("max_length", in_words and int(in_words[1])))
     if not isinstance(max_length, int):
         raise CannotRebuild(f"neither input {case.input!r} nor function {case.function!r} says max_length")
     for expected in case.output if isinstance(case.output, list) else [case.output]:
@@ -157,7 +160,8 @@ def sharegpt_split(case):
 @handles("filter_invalid_roles")
 def sharegpt_roles(case):
     from tulu_study.data.sharegpt import role_fault
-    same([[senders, int(not role_fault(senders))] for senders, _ in case.output], [[senders, int(kept)] for senders, kept in case.output])
+    rows = case.output if case.input is None else list(zip(case.input, case.output, strict=True))
+    same([[senders, int(not role_fault(senders))] for senders, _ in rows], [[senders, int(kept)] for senders, kept in rows])
 
 
 def _named_as_here(key, given):
@@ -171,7 +175,8 @@ def _named_as_here(key, given):
 @handles("mirror_conversations")
 def whole_file(case):
     rows = list(read_jsonl(converted(case.id)))
-    found = {"rows": len(rows), "sha256": sha256_rows(rows), "first_id": rows[0]["id"], "last_id": rows[-1]["id"]}
+    found = {"rows": len(rows), "sha256": sha256_rows(rows)} | ({"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {})
+    assert {"rows", "sha256"} & set(case.output), f"nothing known is expected: {sorted(case.output)}"
     same(found, {key: case.output[key] for key in found if key in case.output}, f"{MIRROR.name}/{case.id}")
 
 

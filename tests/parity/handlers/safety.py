@@ -80,15 +80,17 @@ def preset_hashes(case):
 
 @handles("eval.truthfulqa.utilities.format_prompt")
 def question_prompts(case):
-    question, unknown = case.input["Question"] if isinstance(case.input, dict) else case.input, []
-    for name, wanted in case.output.items():
+    given = case.options | (case.input if isinstance(case.input, dict) else {"Question": case.input})
+    question, unknown = given["Question"], []
+    expected = case.output if isinstance(case.output, dict) else {given.get("preset", "qa"): case.output}
+    for name, wanted in expected.items():
         text = preset(name)
         if "{PRESET}" in wanted: same(question_prompt(question, name, "{PRESET}"), wanted, name)
         elif text is None and re.fullmatch(r"[0-9a-f]{64}", wanted): unknown.append(name)
         else:
             found = question_prompt(question, name, text or "")
             same(hashlib.sha256(found.encode()).hexdigest() if re.fullmatch(r"[0-9a-f]{64}", wanted) else found, wanted, name)
-    if len(unknown) == len(case.output): raise CannotRebuild(f"the texts of {', '.join(unknown)} are not here")
+    if len(unknown) == len(expected): raise CannotRebuild(f"the texts of {', '.join(unknown)} are not here")
 
 
 @handles("format_end2end_prompt")
@@ -130,7 +132,8 @@ def multiple_choice(case):
     lists = {name: [float(number) for number in re.findall(r"-?[\d.]+(?:e-?\d+)?", text)] for name, text in re.findall(r"(scores_\w+)\s*=\s*\[([^\]]*)\]", case.function)}
     true, false = (given.get(f"scores_{name}", lists.get(f"scores_{name}")) for name in ("true", "false"))
     if not true or not false: raise CannotRebuild("the scores are not given")
-    if "ref_best" in given and "ref_true" in given: best = given["ref_true"].index(given["ref_best"])
+    if isinstance(given.get("ref_best"), int): best = given["ref_best"]
+    elif "ref_best" in given and "ref_true" in given: best = given["ref_true"].index(given["ref_best"])
     elif word := re.search(rf"ref_best\W+({'|'.join(ORDINALS)})", case.function): best = ORDINALS.index(word[1])
     else: raise CannotRebuild("which answer is the best one is not given")
     found = choice_scores(true, false, best)

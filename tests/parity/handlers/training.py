@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 
-from handlers import MIRROR, CannotRebuild, converted, handles, same
+from handlers import CannotRebuild, converted, handles, in_mirror, same
 
 CHARACTERS = 'character-level toy: BOS "<s>" prepended, "</s>" one token, every other character one token'
 
@@ -69,28 +69,35 @@ def compare(row, tokenizer, case):
 @handles("finetune.encode_with_messages_format")
 def chat_encoding(case):
     from tulu_study.training import encode
-    tokenizer = toy_tokenizer(case.input.get("tokenizer", CHARACTERS))
-    compare(encode(case.input["messages"], tokenizer, case.input["max_seq_length"]), tokenizer, case)
+    given = case.options | (case.input if isinstance(case.input, dict) else {"messages": case.input})
+    tokenizer = toy_tokenizer(given.get("tokenizer", CHARACTERS))
+    compare(encode(given["messages"], tokenizer, _length(given)), tokenizer, case)
+
+
+def _length(given):
+    if "max_seq_length" not in given: raise CannotRebuild("max_seq_length is not given")
+    return given["max_seq_length"]
 
 
 @handles("finetune.encode_with_prompt_completion_format")
 def prompt_completion_encoding(case):
     from tulu_study.training import encode_prompt_completion
-    tokenizer = toy_tokenizer(case.input.get("tokenizer", CHARACTERS))
-    given = case.input
-    compare(encode_prompt_completion(given["prompt"], given["completion"], tokenizer, given["max_seq_length"]), tokenizer, case)
+    given = case.options | case.input
+    tokenizer = toy_tokenizer(given.get("tokenizer", CHARACTERS))
+    compare(encode_prompt_completion(given["prompt"], given["completion"], tokenizer, _length(given)), tokenizer, case)
 
 
 @handles("transformers.get_scheduler")
 def learning_rate_schedule(case):
     import torch
     from tulu_study.training import schedule, warmup_steps
-    given, expected = case.input, case.output["lr_over_peak_at_step_0_to_n"]
+    given, expected = case.options | case.input, case.output["lr_over_peak_at_step_0_to_n"] if isinstance(case.output, dict) else case.output
     steps = given["num_training_steps"]
-    if "warmup_ratio" in given and "warmup_steps" in given:
-        same(warmup_steps(steps, given["warmup_ratio"]), given["warmup_steps"], "warm-up steps")
-    warmup = given.get("warmup_steps", warmup_steps(steps, given.get("warmup_ratio", 0.0)))
-    kind = given.get("lr_scheduler_type", given.get("name", "linear"))
+    said = given.get("warmup_steps", given["num_warmup_steps"] if isinstance(given.get("num_warmup_steps"), int) else None)
+    if "warmup_ratio" in given and said is not None:
+        same(warmup_steps(steps, given["warmup_ratio"]), said, "warm-up steps")
+    warmup = said if said is not None else warmup_steps(steps, given.get("warmup_ratio", 0.0))
+    kind = given.get("lr_scheduler_type", given.get("scheduler_type", given.get("name", "linear")))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler, factors = schedule(optimizer, steps, warmup, kind), []
     for _ in expected:
@@ -103,7 +110,7 @@ def learning_rate_schedule(case):
 @functools.lru_cache(maxsize=None)
 def mirror_tokenizer(name):
     from tulu_study.training import load_tokenizer
-    return load_tokenizer(MIRROR / "tokenizers" / name)
+    return load_tokenizer(in_mirror("tokenizers", name))
 
 
 @handles("mirror_encodings")
@@ -111,8 +118,9 @@ def encodings_of_real_data(case):
     "Every token and label of the first conversations of a dataset; `encode_all` gives the same but for fully masked rows."
     from tulu_study.core.files import read_jsonl
     from tulu_study.training import encode, encode_all
-    key, name, length = case.id.split("/")
-    rows = (row for row in read_jsonl(converted(key)) if row.get("messages"))
+    *words, name, length = case.id.split("/")   # before the tokenizer and the length: a dataset, perhaps a protocol and options
+    if not length.isdigit(): raise CannotRebuild(f"{case.id}: no length at the end")
+    rows = (row for row in read_jsonl(converted("/".join(words))) if row.get("messages"))
     rows = list(itertools.islice(rows, case.output["conversations"]))
     tokenizer, length = mirror_tokenizer(name), int(length)
     encoded = [encode(row["messages"], tokenizer, length) for row in rows]
