@@ -216,3 +216,14 @@ def test_a_notebook_without_out_dir_is_told_so(project, no_kernel):
     with pytest.raises(CellError, match="may hold only"): parameters(path)
     notebook(path, "limit = (", "1")
     with pytest.raises(CellError, match="not valid Python"): parameters(path)
+
+
+def test_a_saved_state_survives_an_edit_but_not_force(tmp_path):
+    "It says itself what it belongs to; the rest of the folder does not."
+    from tulu_study.core.cells import _begin
+    for place in ("state/step-00000004", "runs"): (tmp_path/place).mkdir(parents=True)
+    (tmp_path/"attempt.json").write_text('{"key": "before"}')
+    _begin(tmp_path, [tmp_path], "after", force=False)
+    assert (tmp_path/"state"/"step-00000004").is_dir() and not (tmp_path/"runs").exists()
+    _begin(tmp_path, [tmp_path], "after", force=True)
+    assert not (tmp_path/"state").exists()

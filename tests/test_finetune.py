@@ -1,6 +1,7 @@
 """Fine-tuning end to end on the CPU: DeepSpeed ZeRO 2 and 3 with one and two ranks, packed and padded, against a plain loop, killed, damaged."""
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -13,8 +14,10 @@ import pytest
 
 from finetunings import SETTINGS, TOLERANCE, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.training.config import TrainingError
-from tulu_study.training.finetune import EpochOrder, PackOrder, explain, sample_conversations
+from tulu_study.training import finetune
+from tulu_study.training.finetune import EpochOrder, PackOrder, explain, load_data, sample_conversations
 from tulu_study.training.launch import _why, environment_for, launch
+from tulu_study.training.tokenizers import load_tokenizer
 
 SAME = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "trained.json", "sample.json", "README.md")
 
@@ -140,9 +143,75 @@ def test_bf16_with_gradient_checkpointing_is_saved_in_16_bits(train):
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
 
 
+def test_a_saved_tokenizer_cuts_nothing_off(launched):
+    saved = json.loads((launched(2, 1) / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
 def test_a_limit_is_stored_with_the_ids_that_it_left(train):
     drawn = json.loads((train("limit", limit=10, epochs=1) / "sample.json").read_text())["datasets"]["sums"]
     assert drawn["of"] == 22 and len(set(drawn["ids"])) == 10
+
+
+def odd_data(place):
+    "The usual conversations, and rows without any message: an empty list, none, and an empty prompt beside one."
+    file = place / "odd.jsonl"
+    rows = [{"dataset": "sums", "id": f"sums_bare_{i}", "messages": messages} for i, messages in enumerate([[], None, []])]
+    file.write_text((place / "data.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_rows_without_messages_are_counted_and_named(train, place, launched):
+    folder = train("odd", data_file=str(odd_data(place)), zero_stage=2)
+    said, trained = json.loads((folder / "sample.json").read_text()), json.loads((folder / "trained.json").read_text())
+    assert said["empty"] == ["sums_bare_0", "sums_bare_1", "sums_bare_2"] and said["dropped"] == ["sums_long"] and said["datasets"]["sums"]["of"] == 25
+    assert (trained["conversations"], trained["dropped"], trained["empty"]) == (21, 1, 3) and gap(folder, launched(2, 1)) == 0
+    nothing = place / "nothing.jsonl"
+    nothing.write_text(json.dumps({"dataset": "sums", "id": "sums_0", "messages": []}) + "\n")
+    with pytest.raises(TrainingError, match=r"nothing.jsonl holds no conversations \(1 rows, none with a message\)"): load_data(settings(place, "nothing", data_file=str(nothing)), load_tokenizer(place / "llama", "llama"))
+
+
+# ---- encoded once
+
+def counted_encoding(path, tally):
+    "A rank that notes down when it encodes."
+    from tulu_study.training import store
+    encode = store.encode_all
+    def noting(*args):
+        with open(tally, "a") as file: file.write(os.environ["RANK"] + "\n")
+        return encode(*args)
+    store.encode_all = noting
+    return finetune.main(path)
+
+
+def test_one_rank_encodes_and_the_others_map_what_it_wrote(place, fork, launched, tmp_path):
+    config = settings(place, "mapped", zero_stage=2, ranks=2)
+    Path(config.out_dir).mkdir()
+    fork(counted_encoding, str(config.save(tmp_path / "s.json")), str(tmp_path / "tally"), ranks=2)
+    assert (tmp_path / "tally").read_text() == "0\n" and not (place / "mapped" / "state").exists()
+    same_training(place / "mapped", launched(2, 1))
+
+
+def test_encoded_rows_on_disk_are_those_in_memory(place, monkeypatch):
+    from tulu_study.training import encode_all, store
+    from tulu_study.training.resume import rows_hash
+    tokenizer, rows = load_tokenizer(place / "llama", "llama"), [json.loads(line) for line in open(odd_data(place))]
+    monkeypatch.setattr(store, "CHUNK", 4)
+    config = settings(place, "stored", data_file=str(place / "odd.jsonl"))
+    stored, drawn = load_data(config, tokenizer)
+    plain = encode_all(rows, tokenizer, 96)
+    assert list(stored.rows) == plain.rows and rows_hash(stored.rows) == rows_hash(plain.rows) and stored.rows[-1] == plain.rows[-1]
+    for name in ("ids", "dropped", "unmasked", "empty", "tokens", "supervised"): assert getattr(stored, name) == getattr(plain, name), name
+    assert store.sizes(stored.rows) == store.sizes(plain.rows) and drawn["sums"]["of"] == 25
+    monkeypatch.setattr(store, "encode_all", None)                      # a second time nothing is encoded
+    assert list(load_data(config, tokenizer)[0].rows) == plain.rows
+    monkeypatch.undo()
+    file = next((place / "stored" / "state").glob("encoded-*/labels"))
+    file.write_bytes(file.read_bytes()[:-4] + b"\1\0\0\0")              # a damaged file is made again
+    assert list(load_data(config, tokenizer)[0].rows) == plain.rows
+    folders = {one.name for changes in ({}, {"max_seq_length": 64}, {"limit": 5}, {"seed": 1}, {"limit": 5, "seed": 1})
+               if load_data(settings(place, "stored", data_file=str(place / "odd.jsonl"), **changes), tokenizer) for one in (place / "stored" / "state").iterdir()}
+    assert len(folders) == 5 and len(list((place / "stored" / "state").iterdir())) == 1
 
 
 # ---- faults

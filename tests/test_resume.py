@@ -1,5 +1,6 @@
 """A fine-tuning that is killed, asked to stop, or out of space continues from its saved state, to the same bytes."""
 import json, os, resource, signal, subprocess, sys, time
+from pathlib import Path
 
 import pytest
 
@@ -26,9 +27,9 @@ def broken_off(path, step, sign, when="after"):
         trainer = make(*args, **kwargs)
         trainer.add_callback(End())
         return trainer
-    def seal_or_die(part, folder):
+    def seal_or_die(part, folder, identity):
         if when == "sealing" and folder.name == f"step-{step:08d}": hurt()
-        seal(part, folder)
+        seal(part, folder, identity)
     finetune.make_trainer = trainer_with_end
     finetune.write_state.__globals__["seal"] = seal_or_die
     return finetune.main(path)
@@ -131,8 +132,35 @@ def test_a_state_of_other_settings_is_not_used(place, fork):
         config.learning_rate = changed["rate"] = 5e-4
         config.save(path)
     folder, said = continued(place, fork, "other", 4, prepare=prepare, zero_stage=2)
-    assert "warning: a state of another training is not used (learning_rate 0.001, now 0.0005)" in said and "the training starts anew" in said
+    assert "warning: a state of another training is not used (learning_rate 0.001, now 0.0005); it is kept until this one is finished" in said and "the training starts anew" in said
     assert log(folder)[1]["learning_rate"] == changed["rate"]
+
+
+def test_a_state_of_other_settings_waits_until_the_new_training_is_finished(place, fork, train):
+    "Stopped at step 4, tried with another rate up to step 5, taken back: it continues from step 4."
+    def trial(root):
+        path = place / "back.json"
+        before, config = path.read_text(), FinetuneConfig.load(path)
+        config.learning_rate = 5e-4
+        config.save(path)
+        fork(broken_off, str(path), 5, signal.SIGKILL, "after", status=-9)
+        assert [p.name[:13] for p in finished_states(root)] == ["step-00000005", "step-00000004", "step-00000004", "step-00000003"]
+        path.write_text(before)
+        assert finetune.kept_text(FinetuneConfig.load(path)) == "the same command would continue from step 4"
+    folder, _ = continued(place, fork, "back", 4, expected_from=4, prepare=trial, zero_stage=2)
+    same_bytes(folder, train("whole-2", zero_stage=2))
+
+
+def test_a_sentence_on_a_card_refuses_no_state(tmp_path, monkeypatch):
+    import shutil
+    from tulu_study.training import resume
+    for path in Path(resume.__file__).parent.glob("*.py"): shutil.copy(path, tmp_path)
+    monkeypatch.setattr(resume, "__file__", str(tmp_path / "resume.py"))
+    before, texts = code_hash(), {name: (tmp_path / f"{name}.py").read_text() for name in ("cards", "weight_diff", "packing", "store")}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text + "\nMORE = 1\n")
+        assert (code_hash() == before) == (name in ("cards", "weight_diff")), name
+        (tmp_path / f"{name}.py").write_text(text)
 
 
 def test_what_a_state_belongs_to():

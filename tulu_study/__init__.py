@@ -15,6 +15,7 @@ Modules:
 - `tulu_study.reporting.copying`: Copy finished tables and figures out of the results, each with a provenance record, so that a second copy changes no byte.
 - `tulu_study.training.finetune`: The process that trains, one per rank: `python -m tulu_study.training.finetune settings.json`.
 - `tulu_study.training.lora`: Low-rank adaptation: train small matrices beside frozen weights, and merge them into an ordinary checkpoint at the end.
-- `tulu_study.training.resume`: The state of a fine-tuning on disk, so that the same command continues where a killed one stood."""
+- `tulu_study.training.resume`: The state of a fine-tuning on disk, so that the same command continues where a killed one stood.
+- `tulu_study.training.store`: Encoded conversations on disk: made once, by the first rank, and mapped by all of them."""
 
 __version__ = "0.1.0"

@@ -329,11 +329,13 @@ def _only_one(out_dir: Path):
     except Held as pid: raise CellError(f"{out_dir} is being written by process {pid}. Wait for it, or end it.") from None
 
 
-def clear(folders: list[Path]) -> None:
-    "Empty the folders that a cell owns. Its lock stays, and so does the mark that the folder is a cell's: a kill in the middle leaves a folder that can be cleared again."
+def clear(folders: list[Path], state: bool = False) -> None:
+    """Empty the folders that a cell owns. Its lock stays, and so does the mark that the folder is a cell's: a kill in the middle leaves a folder that can be cleared again.
+
+    The saved state of a training goes only where `state` says so: it names code, data and settings itself, and a cell whose key another edit has moved may still continue from it."""
     for folder in folders:
         for path in folder.glob("*") if folder.is_dir() else ():
-            if path.name not in (".lock", "attempt.json"): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.name not in (".lock", "attempt.json", *(() if state else ("state",))): shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _begin(out_dir: Path, owned: list[Path], key: str, force: bool) -> None:
@@ -344,7 +346,7 @@ def _begin(out_dir: Path, owned: list[Path], key: str, force: bool) -> None:
     strangers = [p for folder in owned for p in folder.glob("*") if p.name not in (".lock", "manifest.json", "failed.json")]
     if strangers and not attempt.exists():
         raise CellError(f"{strangers[0].parent} holds files that this cell did not write ({strangers[0].name}, …). Give an empty folder, or move them away.")
-    if force or not same: clear(owned)
+    if force or not same: clear(owned, state=force)
     for torn in (p for folder in owned for p in folder.rglob(".*.part") if p.is_file()): torn.unlink()   # files that were being written when the last attempt was killed
     for name in ("manifest.json", "failed.json", "result.json"): (out_dir/name).unlink(missing_ok=True)
     for stamp in out_dir.glob("done.*"): stamp.unlink()

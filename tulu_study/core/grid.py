@@ -191,7 +191,8 @@ class Grid(dict):
             if failed.exists():
                 said = json.loads(failed.read_text(encoding="utf-8"))
                 return State("failed", f"{said['error']} [{os.path.relpath(said['notebook'])}]")
-            if attempt.exists(): return State("interrupted", "continues" if json.loads(attempt.read_text(encoding="utf-8"))["key"] == cell.key else "starts anew: code or parameters changed since")
+            if attempt.exists(): return State("interrupted", "continues" if json.loads(attempt.read_text(encoding="utf-8"))["key"] == cell.key else
+                                                   "code or parameters changed since: starts anew" + (", unless its saved state still fits" if (cell.out_dir/"state").is_dir() else ""))
         except (OSError, json.JSONDecodeError, KeyError): pass
         return State("missing", "never run")
 

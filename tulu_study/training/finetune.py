@@ -6,15 +6,16 @@ denominator, the optimiser's groups and schedule (those of the reference), the l
 import functools, json, math, os, random, shutil, signal, statistics, sys, time
 from pathlib import Path
 
-from tulu_study.core.files import read_jsonl, write_atomic
+from tulu_study.core.files import write_atomic
 from tulu_study.core.process import die_with_parent
 from .cards import model_card
 from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
-from .encoding import IGNORED, Encoded, encode_all
+from .encoding import IGNORED, Encoded
 from .lora import adapter_weights, merge, quantised, wrap
-from .packing import best_fit, flatten, register_segments, spread, supervised, token_weights, waste, weighted_loss
-from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, remove, state_root, write_state
+from .packing import best_fit, flatten, register_segments, spread, token_weights, waste, weighted_loss
+from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, read_record, remove, state_root, write_state
 from .schedule import schedule, total_steps, warmup_steps
+from .store import encoded_once, sizes
 from .tokenizers import _gathered, grow_embeddings, load_tokenizer
 
 PRODUCTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
@@ -49,13 +50,12 @@ def load_data(
     config: FinetuneConfig,   # names the file, the limit and the length
     tokenizer,                # of the model to be trained
 ) -> tuple[Encoded, dict]:    # encoded rows, and what was drawn
-    "Read, sample and encode the conversations. Raises TrainingError when nothing is left to learn from."
-    conversations = [row for row in read_jsonl(config.data_file) if row.get("messages") or "completion" in row]
-    if not conversations: raise TrainingError(f"{config.data_file} holds no conversations: convert the dataset {config.data!r} again")
-    sampled, drawn = sample_conversations(conversations, config.limit, config.seed)
-    encoded = encode_all(sampled, tokenizer, config.max_seq_length)
+    "Read, sample and encode the conversations, once for all ranks. Raises TrainingError when nothing is left to learn from."
+    encoded, drawn = encoded_once(config, tokenizer, lambda rows: sample_conversations(rows, config.limit, config.seed), int(os.environ.get("RANK", 0)))
+    found = len(encoded.ids) + len(encoded.dropped) + len(encoded.empty)
+    if found == len(encoded.empty): raise TrainingError(f"{config.data_file} holds no conversations ({found} rows, none with a message): convert the dataset {config.data!r} again")
     if not encoded.rows:
-        raise TrainingError(f"{config.data}: no answer is left within max_seq_length {config.max_seq_length} in any of {len(sampled)} conversations: raise max_seq_length")
+        raise TrainingError(f"{config.data}: no answer is left within max_seq_length {config.max_seq_length} in any of {found} conversations: raise max_seq_length")
     return encoded, drawn
 
 
@@ -63,12 +63,12 @@ class Rows:
     """The encoded rows as a torch dataset, with one more at index `len(rows)`: a padding row without any label, which fills up micro-batches so
     that all ranks get the same number of them. It adds nothing to a loss that is divided by the number of supervised tokens."""
 
-    def __init__(self, rows: list, padding_id: int):
-        self.rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-        self.rows.append({"input_ids": [padding_id] * 2, "labels": [IGNORED] * 2, "attention_mask": [1, 1]})
+    def __init__(self, rows, padding_id: int): self.rows, self.filling = rows, {"input_ids": [padding_id] * 2, "labels": [IGNORED] * 2}
+    def __len__(self): return len(self.rows)
 
-    def __len__(self): return len(self.rows) - 1
-    def __getitem__(self, i): return self.rows[i]
+    def __getitem__(self, i):
+        row = self.filling if i == len(self.rows) else self.rows[i]
+        return {**row, "attention_mask": [1] * len(row["input_ids"])}
 
 
 class EpochOrder:
@@ -91,7 +91,7 @@ class EpochOrder:
 class Packs:
     "The encoded rows as a torch dataset whose index is a pack, [(row, weight of its supervised tokens)]."
 
-    def __init__(self, rows: list): self.rows = rows
+    def __init__(self, rows): self.rows = rows
     def __len__(self): return len(self.rows)
     def __getitem__(self, pack): return [(self.rows[i], weight) for i, weight in pack]
 
@@ -100,9 +100,9 @@ class PackOrder(EpochOrder):
     """The packs of every epoch: the same order as `EpochOrder`, taken `batch_size` conversations at a time, each such step laid into
     the same number of packs, so that every rank makes as many forward passes in every step."""
 
-    def __init__(self, rows: list, config: FinetuneConfig):
+    def __init__(self, rows, config: FinetuneConfig):
         super().__init__(len(rows), config.seed)
-        self.config, self.lengths, self.counts = config, [len(row["input_ids"]) for row in rows], [supervised(row) for row in rows]
+        self.config, (self.lengths, self.counts) = config, sizes(rows)
         fullest = max(len(best_fit([self.lengths[i] for i in step], config.pack_size)) for epoch in range(math.ceil(config.epochs)) for step in self.steps(epoch))
         self.accumulation = math.ceil(fullest / config.ranks)   # packs per rank and step
 
@@ -133,7 +133,7 @@ def layout(config: FinetuneConfig, encoded: Encoded) -> tuple[EpochOrder, int, d
         sampler = PackOrder(encoded.rows, config)
         return sampler, sampler.accumulation, waste([[sampler.lengths[i] for i, _ in pack] for pack in sampler.packs(0)], packed=True)
     filled = config.micro_batch_size * config.ranks if config.loss == "token" else 1
-    sampler, lengths = EpochOrder(len(encoded.rows), config.seed, filled), [len(row["input_ids"]) for row in encoded.rows]
+    sampler, lengths = EpochOrder(len(encoded.rows), config.seed, filled), sizes(encoded.rows)[0]
     order = sampler.order(0)
     return sampler, config.accumulation, waste([[lengths[i] for i in order[k:k + config.micro_batch_size]] for k in range(0, len(order), config.micro_batch_size)], packed=False)
 
@@ -339,8 +339,9 @@ def clock_text(seconds: float) -> str:   # e.g. "1 h 05 min", "4 min 10 s", "12 
 
 def kept_text(config: FinetuneConfig) -> str:
     "What a restart would continue from."
-    states = finished_states(state_root(config.out_dir))
-    return f"the same command would continue from step {int(states[0].name.removeprefix('step-'))}" if states else "the same command would start anew"
+    mine = json.loads(json.dumps(config.science()))
+    step = next((record["step"] for folder in finished_states(state_root(config.out_dir)) if (record := read_record(folder)) and record["identity"].get("settings") == mine), None)
+    return "the same command would start anew" if step is None else f"the same command would continue from step {step}"
 
 
 def not_finite(config: FinetuneConfig, what: str, ids: list[str]) -> str:
@@ -389,6 +390,7 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
     if model.generation_config is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.save_pretrained(out, state_dict=state)
+    tokenizer.backend_tokenizer.no_truncation()   # else the file keeps the length of the last call, and whoever reads it with `tokenizers` alone gets texts cut off
     tokenizer.save_pretrained(out)
     for weights in out.glob("*.safetensors"): shutil.copymode(out / "config.json", weights)   # the library leaves them readable to their owner alone
     write_atomic(out / "README.md", model_card(config, facts))
@@ -456,7 +458,7 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
     join_ranks(cuda)
     tokenizer = load_tokenizer(config.base_dir, config.family)
     encoded, drawn = load_data(config, tokenizer)
-    say(f"data: {len(encoded.rows)} conversations, {encoded.tokens} tokens, {encoded.supervised} supervised; {len(encoded.dropped)} more dropped (nothing left to learn), {len(encoded.unmasked)} trained on every token (nothing masked)")
+    say(f"data: {len(encoded.rows)} conversations, {encoded.tokens} tokens, {encoded.supervised} supervised; {len(encoded.dropped)} more dropped (nothing left to learn), {len(encoded.empty)} empty (no message), {len(encoded.unmasked)} trained on every token (nothing masked)")
     sampler, accumulation, idle = layout(config, encoded)
     say(f"layout: {'packs of at most ' + format(config.pack_size, ',') + ' tokens' if config.packing else str(config.micro_batch_size) + ' padded rows'}, {accumulation} per rank and step; "
         f"{idle['padding_share']:.1%} of the positions are padding, {idle['attention_waste']:.1%} of the attention is wasted")
@@ -480,14 +482,14 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
         return INTERRUPTED
     expected = total_steps(len(encoded.rows), config.batch_size, config.epochs)
     if trainer.state.global_step != expected: raise TrainingError(f"the trainer made {trainer.state.global_step} steps, expected {expected}: please report this")
-    facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "unmasked": len(encoded.unmasked), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
+    facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "empty": len(encoded.empty), "unmasked": len(encoded.unmasked), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
              "steps": expected, "forward_passes_per_step": accumulation * config.ranks, **idle, "embedding_rows_added": grown}
     save(config, trainer, model, tokenizer, facts)
     (start_bytes, peak_bytes), training = map(max, zip(*gathered((start_bytes, peak_bytes)))), trainer.seconds   # of the rank that holds most
     leave()
     if first:
         from .verification import verify
-        write_atomic(out / "sample.json", json.dumps({"limit": config.limit, "seed": config.seed, "datasets": drawn, "dropped": encoded.dropped, "unmasked": encoded.unmasked}, indent=1))
+        write_atomic(out / "sample.json", json.dumps({"limit": config.limit, "seed": config.seed, "datasets": drawn, "dropped": encoded.dropped, "empty": encoded.empty, "unmasked": encoded.unmasked}, indent=1))
         unset_hf_deepspeed_config()
         saved = time.monotonic()
         verify(out)

@@ -13,7 +13,7 @@ from tulu_study.core.files import hash_json, sha256_file, write_atomic
 
 KEPT = 2                       # states on disk, the newest ones
 CHECKSUMS = "checksums.json"   # of a state, written last
-ELSEWHERE = ("__init__", "base", "launch", "pretrain", "scale", "verification")   # modules of this package that decide nothing about the training itself
+ELSEWHERE = ("__init__", "base", "cards", "launch", "pretrain", "scale", "verification", "weight_diff")   # modules of this package that decide nothing about the training itself
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
 
 
@@ -137,7 +137,7 @@ def choose(
         if not why: return folder, record
         broken += 1
         say(f"warning: the state in {folder.name} is damaged ({why}); trying the one before it")
-    for other in sorted(foreign): say(f"warning: a state of another training is not used ({other})")
+    for other in sorted(foreign): say(f"warning: a state of another training is not used ({other}); it is kept until this one is finished")
     if broken: say("warning: no whole state is left; the training starts anew")
     elif foreign: say("the training starts anew")
     return None, None
@@ -176,9 +176,12 @@ def first_problem(problems: list) -> str:
     return next(filter(None, gathered(said)), "")
 
 
-def seal(part: Path, folder: Path) -> None:
-    "Give a complete state its name."
-    if folder.exists(): shutil.rmtree(folder)   # a damaged one of the same step
+def seal(part: Path, folder: Path, identity: dict) -> None:
+    "Give a complete state its name. Another training's state of that step gets a longer one; a damaged one is removed."
+    if folder.exists():
+        record = read_record(folder)
+        if record and differences(identity, record["identity"]): os.replace(folder, folder.with_name(f"{folder.name}.{hash_json(record)[:8]}"))
+        else: shutil.rmtree(folder)
     os.rename(part, folder)
     place = os.open(folder.parent, os.O_RDONLY)
     try: os.fsync(place)
@@ -211,7 +214,7 @@ def write_state(
         files = {name: entry for share in gathered(sums) for name, entry in share.items()}
         if rank == 0:
             attempt(problems, lambda: write_atomic(part / CHECKSUMS, json.dumps({"step": step, "identity": identity, **facts, "files": files}, indent=1)))
-            attempt(problems, lambda: seal(part, folder))
+            attempt(problems, lambda: seal(part, folder, identity))
         why = first_problem(problems)
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -220,11 +223,12 @@ def write_state(
 
 
 def rotate(root: Path, identity: dict, newest: str) -> None:
-    "Keep the newest states of this training up to the one just written; later ones were damaged, others are another training's."
+    "Keep the newest states of this training up to the one just written; later ones were damaged. What belongs to another training stays until this one is finished: whoever takes a setting back continues there."
     mine = 0
     for folder in finished_states(root):
-        record = read_record(folder) if folder.name <= newest else None
-        mine += (own := record is not None and not differences(identity, record["identity"]))
+        record = read_record(folder)
+        if record and differences(identity, record["identity"]): continue
+        mine += (own := record is not None and folder.name[:len(newest)] <= newest)
         if not own or mine > KEPT: shutil.rmtree(folder, ignore_errors=True)
 
 
