@@ -2,6 +2,7 @@
 # make test    set up and run everything that CI runs
 # make plan | report | lab | figures | doctor | system-deps | clean
 # make bench-data   how fast conversion is, as ratios against named opponents (SOURCES and TOKENIZER = folder with LLaMA's tokenizer, for ShareGPT on real data)
+# make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
 
 STUDY ?= nano
 PYTHON ?= python3
@@ -19,7 +20,7 @@ endif
 # a study started by make ends with make
 export TULU_TIED := 1
 
-.PHONY: study plan report lab test check figures doctor setup system-deps clean readme bench-data
+.PHONY: study plan report lab test check figures doctor setup system-deps clean readme bench-data bench-train
 .DEFAULT_GOAL := study
 
 study: setup
@@ -66,6 +67,9 @@ system-deps-if-root:
 bench-data: setup
 	@$(BIN)/python bench/data.py
 	@$(if $(TOKENIZER),$(BIN)/python bench/sharegpt.py --tokenizer "$(TOKENIZER)" $(if $(SOURCES),--source "$(SOURCES)"),echo "ShareGPT's splitting is timed with LLaMA's tokenizer: make bench-data TOKENIZER=<folder with tokenizer.json and tokenizer.model> [SOURCES=…]")
+
+bench-train: setup
+	@$(BIN)/python bench/train.py --check
 
 readme: setup
 	@$(BIN)/python tools/readme.py

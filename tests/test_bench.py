@@ -1,0 +1,78 @@
+"""The benchmark of training runs, and compares what it says it compares. How fast anything is, no test asks: `make bench-train` does."""
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from finetunings import byte_tokenizer
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_train", ROOT / "bench" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "Invented raw files, and a tokenizer of bytes."
+    from tulu_study.world.sources import write_raw
+    root = tmp_path_factory.mktemp("bench")
+    write_raw("code_alpaca", root, n=40)
+    byte_tokenizer("<unk>", "<s>", "</s>", bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(root / "bytes")
+    return root
+
+
+def supervised_tokens(place, conversations):
+    "Counted here, from the raw files on."
+    from tulu_study.core.files import read_jsonl
+    from tulu_study.data import convert
+    from tulu_study.training import encode_all, load_tokenizer
+    from tulu_study.training.finetune import sample_conversations
+    convert("code_alpaca", place, place / "counted")
+    rows = list(read_jsonl(place / "counted" / "code_alpaca" / "code_alpaca_data.jsonl"))
+    encoded = encode_all(sample_conversations(rows, conversations, 42)[0], load_tokenizer(place / "bytes", "llama"), 512).rows
+    return sum(label != -100 for row in encoded for label in row["labels"][1:])
+
+
+def test_the_training_benchmark_runs_and_all_contenders_learn_from_the_same_tokens(place, bench):
+    done = subprocess.run([sys.executable, "bench/train.py", "--models", "tiny", "--sources", place, "--tokenizer", place / "bytes", "--rows", "8", "--batch-size", "4", "--epochs", "2", "--rounds", "1", "--no-install"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    learnt = re.search(r"supervised tokens that each contender learnt from: ([\d,]+)", done.stdout)
+    assert int(learnt[1].replace(",", "")) == 2 * supervised_tokens(place, 8)
+    ratios = dict(re.findall(r"ours against ([^:]+?), (?:supervised )?tokens/s: ([\d.]+) ×", done.stdout))
+    absent = "TRL: not measured, .bench/trl-1.16.0 is not there" in done.stdout
+    assert {"dense", "reference's way"} <= set(ratios) and all(float(ratio) > 0 for ratio in ratios.values())
+    assert absent != any(name.startswith("TRL packing") for name in ratios)
+    lines = {name: next(line for line in done.stdout.splitlines() if line.startswith(f"{name}  ")) for name in bench.STACK}
+    padding = {name: float(re.findall(r"([\d.]+)%", line)[0]) for name, line in lines.items()}
+    assert padding["dense"] == 0.0 and padding["reference's way"] > padding["ours"]
+
+
+def test_dense_rows_hold_the_same_tokens_in_equal_lengths(bench):
+    rows = [{"input_ids": [*range(k, k + n)], "labels": [-100, *range(k + 1, k + n)]} for k, n in ((0, 7), (100, 4), (200, 10))]
+    dense = bench.joined(rows)
+    assert [len(row["input_ids"]) for row in dense] == [7, 7, 7] == [len(row["labels"]) for row in dense]
+    for key in ("input_ids", "labels"): assert [i for row in dense for i in row[key]] == [i for row in rows for i in row[key]]
+
+
+def test_a_ratio_below_its_target_is_counted(bench, monkeypatch, tmp_path, capsys):
+    "Ours twice as fast as dense, three times as fast as the reference's way, and only 1.1 times as fast as the faster TRL."
+    speeds = {bench.OURS: 3.3, bench.DENSE: 1.65, bench.REFERENCE: 1.1, bench.FLOAT: 1.0, bench.BF16: 3.0}
+    made = lambda name: {"seconds": 60 / speeds[name], "cpu": 1.0, "steps": 3, "tokens": 120, "supervised": 60, "trained": 90, "starting": 1.0, "peak": 1 << 20, "padding_share": 0.0, "attention_waste": 0.0}
+    monkeypatch.setattr(bench, "prepare", lambda *_: dict.fromkeys(speeds, tmp_path))
+    monkeypatch.setattr(bench, "run", lambda name, *_: made(name))
+    given = type("Given", (), {"rounds": 3})
+    assert bench.race("13m", given, tmp_path, "") == 1
+    said = capsys.readouterr().out
+    assert "ours against dense, tokens/s: 2.00 × (2.00–2.00; target 0.85)\n" in said and "TRL packing, bf16 weights, supervised tokens/s: 1.10 × (1.10–1.10; target 2.5), missed" in said
+    assert bench.race("13m", given, tmp_path, "it is not there") == 0
+    monkeypatch.setattr(bench, "run", lambda name, *_: made(name) | {"trained": 91 if name == bench.OURS else 90})
+    with pytest.raises(SystemExit, match="different numbers of supervised tokens"): bench.race("13m", given, tmp_path, "")
