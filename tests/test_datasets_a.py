@@ -92,10 +92,10 @@ def test_super_ni_keeps_sixty_and_twenty_of_a_task(n, zero, few, tmp_path):
 
 
 BAD_TASKS = {
-    "list": ([], 0), "cut": ('{"Definition": ["A', "malformed_json"), "no definition": ({"Instances": []}, "missing_key"), "definition is text": (ni_task("x", 1, Definition="A"), "wrong_type"),
+    "list": ([], "no_task"), "cut": ('{"Definition": ["A', "malformed_json"), "no definition": ({"Instances": []}, "missing_key"), "definition is text": (ni_task("x", 1, Definition="A"), "wrong_type"),
     "empty definition": (ni_task("x", 1, Definition=[]), "empty_list"), "number in definition": (ni_task("x", 1, Definition=[1]), "wrong_type"),
     "no instances": (ni_task("x", 0), "no_instances"), "instances are a mapping": (ni_task("x", 1, Instances={}), "wrong_type"),
-    "example without answer": (ni_task("x", 1, **{"Positive Examples": [{"input": "a"}]}), "missing_key"), "text": ('"task"', "not_an_object"), "null example": (ni_task("x", 1, **{"Positive Examples": [None]}), "not_an_object"),
+    "example without answer": (ni_task("x", 61, **{"Positive Examples": [{"input": "a"}]}), "missing_key"), "text": ('"task"', "not_an_object"), "null example": (ni_task("x", 61, **{"Positive Examples": [None]}), "not_an_object"),
 }
 
 
@@ -107,8 +107,27 @@ def test_super_ni_rejects_a_task_that_is_unusable_as_a_whole(name, tmp_path):
     convert("super_ni", alone, tmp_path / "a")
     report = convert("super_ni", both, tmp_path / "b")
     assert rows_of(tmp_path / "a", "super_ni") == rows_of(tmp_path / "b", "super_ni")
-    assert [(r["file"], r["row"], r["reason"]) for r in rows_of(tmp_path / "b", "super_ni", "rejects.jsonl")] == ([("tasks/task1.json", 1, reason)] if reason else [])
-    assert report.n_in == 90 + bool(reason) and report.n_records == 90
+    assert [(r["file"], r["row"], r["reason"]) for r in rows_of(tmp_path / "b", "super_ni", "rejects.jsonl")] == [("tasks/task1.json", 1, reason)]
+    assert report.n_in == 91 and report.n_records == 90
+
+
+def test_super_ni_looks_at_exemplars_only_where_conversations_are_made_with_them(tmp_path):
+    bad = {"Positive Examples": [{"input": "a"}]}
+    report = convert("super_ni", lay_tasks(tmp_path, {"task1": ni_task("task1", 60, **bad), "task2": ni_task("task2", 61, **bad)}), tmp_path / "out")
+    assert report.n_out == 60 and report.reasons == {"missing_key": 1}
+    assert convert("super_ni", tmp_path, tmp_path / "out", few_shot_examples_per_task=0).n_out == 120
+
+
+@pytest.mark.parametrize("place", [7, 85])
+def test_one_bad_instance_costs_one_conversation_at_most(place, tmp_path):
+    whole, damaged = ni_task("task1", 90), ni_task("task1", 90)
+    damaged["Instances"][place]["output"] = []
+    clean = lay_tasks(tmp_path / "clean", {"task1": whole, "task2": ni_task("task2", 90)})
+    report = convert("super_ni", clean, tmp_path / "a")
+    torn = convert("super_ni", lay_tasks(tmp_path / "damaged", {"task1": damaged, "task2": ni_task("task2", 90)}), tmp_path / "b")
+    before, after = (rows_of(tmp_path / name, "super_ni") for name in ("a", "b"))
+    assert [row for row in before if row["id"] != f"super_ni_task1-{place}"] == after
+    assert torn.reasons == {"empty_list": 1} and torn.n_in == report.n_in == torn.n_records + 1
 
 
 def test_super_ni_rejects_an_instance_by_its_place_in_the_task(tmp_path):

@@ -56,7 +56,7 @@ def test_a_null_input_is_no_input(tmp_path):
 
 
 @pytest.mark.parametrize("content, reason, kept", [
-    (b" \n", "malformed_json", 0), (b"\xff\xfe[]", "invalid_utf8", 0), (b'[{"instruction": "Name', "malformed_json", 0),
+    (b" \n", "empty_file", 0), (b"", "empty_file", 0), (b"\xff\xfe[]", "invalid_utf8", 0), (b'[{"instruction": "Name', "malformed_json", 0),
     (json.dumps([GOOD]).encode()[:-1] + b" {}]", "malformed_json", 1), (gzip.compress(json.dumps([GOOD] * 50).encode(), mtime=0)[:40], "damaged_gzip", 0),
 ])
 def test_a_damaged_file_is_a_reject_and_no_traceback(tmp_path, content, reason, kept):

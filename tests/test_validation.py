@@ -1,5 +1,5 @@
 """Bad raw files of every kind: collected, reported together, never a traceback and never silent; and the same result on any number of cores, in bounded memory."""
-import gzip, json, random, subprocess, sys
+import gzip, json, random, subprocess, sys, tarfile
 
 import pytest
 
@@ -11,7 +11,7 @@ from tulu_study.data import conversion, reading, streams
 from tulu_study.data.conversion import CONVERTERS
 from tulu_study.data.reading import read_items, read_lines
 from tulu_study.data.streams import json_line
-from tulu_study.data.validation import Tally, contamination, summary_of
+from tulu_study.data.validation import Tally, add_tallies, contamination, summary_of, validation_table
 
 
 def alpaca(n, **more):
@@ -74,12 +74,14 @@ def test_a_list_is_read_up_to_the_damage(tmp_path):
     path.write_text(text)
     assert [row.value for row in read_items(path)] == rows
     place = text.index('"Count to 12345.')
-    for damage, reason in ((b"\xff", "invalid_utf8"), (b'" "', "malformed_json")):
-        data = text.encode()
-        at = len(text[: place + 5].encode())
-        path.write_bytes(data[:at] + damage + data[at:])
-        *good, last = read_items(path)
-        assert (last.reason, last.row, len(good)) == (reason, 12346, 12345)
+    data, at = text.encode(), len(text[: place + 5].encode())
+    path.write_bytes(data[:at] + b'" "' + data[at:])
+    *good, last = read_items(path)
+    assert (last.reason, last.row, last.final, len(good)) == ("malformed_json", 12346, True, 12345)
+    path.write_bytes(data[:at] + b"\xff" + data[at:])
+    found = list(read_items(path))
+    assert [(row.row, row.reason, row.final) for row in found if row.reason] == [(12346, "invalid_utf8", False)] and r"\xff" in found[12345].raw
+    assert [row.value for row in found if not row.reason] == rows[:12345] + rows[12346:]
     path.write_text(text[:-2000])
     *good, last = read_items(path)
     assert last.reason == "malformed_json" and 19_900 < len(good) < 20_000 and "nothing after it can be read" in last.detail
@@ -138,6 +140,78 @@ def test_overlap_with_a_benchmark_is_found_and_the_absent_ones_are_named(tmp_pat
     found = contamination(rows, tmp_path)
     assert found["compared"]["mmlu"] == {"conversations": 1, "examples": 1, "examples_mostly": 1, "examples_in_all": 2}
     assert "gsm" in found["not_compared"] and "8-gram" in found["method"]
+
+
+QUESTION = "A farmer with nine brown hens sells two of the hens and buys five white ones, how many hens now"
+HIT = {"conversations": 1, "examples": 1, "examples_mostly": 1}
+
+
+def searched(root):
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "12"}, "no message"]} for text in (f"Q: {QUESTION.upper()}!", "Name a river.")]
+    return contamination(rows, root)
+
+
+def put(root, name, data):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+SOUND, OTHER = json.dumps({"question": QUESTION}).encode(), json.dumps({"question": "Something else altogether that nobody ever asked before in any of the files"}).encode()
+
+
+@pytest.mark.parametrize("data, unread", [
+    (SOUND + b"\n\n" + OTHER + b"\n", {"empty_line": 1}), (b"\xef\xbb\xbf" + SOUND + b"\n" + OTHER, {}), (SOUND + b"\n" + OTHER[:-9], {"malformed_json": 1}),
+    (SOUND + b"\n" + b"[" * 100_000 + b"\n", {"nested_too_deep": 1}), (SOUND + b"\n" + b"[" * 800 + b'"a"' + b"]" * 800, {}), (SOUND + b'\n{"a": "\xff"}\n', {"invalid_utf8": 1}),
+    (gzip.compress(SOUND + b"\n" + b"".join(str(random.Random(n).random()).encode() + b"\n" for n in range(20_000)))[:50_000], {"damaged_gzip": 1}),
+], ids=["blank line", "byte order mark", "torn", "too deep", "deep", "bytes", "torn gzip"])
+def test_a_faulty_benchmark_file_is_read_as_far_as_it_goes(data, unread, tmp_path):
+    put(tmp_path, "gsm8k/test.jsonl", data)
+    found = searched(tmp_path)
+    assert HIT.items() <= found["compared"]["gsm"].items() and found["unread"] == ({"gsm": unread} if unread else {})
+    shown = validation_table(summary_of(Tally()) | {"contamination": found}).data
+    assert all(f"gsm: rows that could not be read | {reason} {n}" in shown for reason, n in unread.items())
+
+
+def test_an_empty_benchmark_file_and_huge_or_broken_cells(tmp_path):
+    put(tmp_path, "gsm8k/test.jsonl", b"")
+    put(tmp_path, "mmlu/test/farm_test.csv", f'"{QUESTION}",1\n"{"x " * 200_000}",2\n"open,3\n'.encode())
+    put(tmp_path, "mgsm/mgsm_en.tsv", f'{QUESTION}\t1\n"An open quote is a letter here as in the publisher own files, you know\t2\n'.encode())
+    found = searched(tmp_path)
+    assert found["unread"] == {"gsm": {"empty_file": 1}, "mmlu": {"malformed_csv": 1}} and "gsm" in found["not_compared"]
+    assert HIT.items() <= found["compared"]["mmlu"].items() and found["compared"]["mgsm"]["examples_in_all"] == 2
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_mmlu_is_compared_from_its_archive_and_from_what_was_unpacked(unpacked, tmp_path):
+    for name in ("data/test/farm_test.csv", "data/dev/farm_dev.csv", "data/auxiliary_train/x_test.csv"):
+        put(tmp_path / "there", name, f'"{QUESTION if "_test" in name else "none"}",1,2,3,4,A\n'.encode())
+    (tmp_path / "mmlu").mkdir()
+    with tarfile.open(tmp_path / "mmlu" / "data.tar", "w") as archive:
+        archive.add(tmp_path / "there" / "data" / "dev" if unpacked else tmp_path / "there" / "data", "data/dev" if unpacked else "data")
+    if unpacked:   # an archive without test files, and these beside it
+        put(tmp_path, "mmlu/test/farm_test.csv", f'"{QUESTION}",1,2,3,4,A\n'.encode())
+    assert searched(tmp_path)["compared"]["mmlu"] == HIT | {"examples_in_all": 1}
+    put(tmp_path, "mmlu/data.tar", (tmp_path / "mmlu" / "data.tar").read_bytes()[:700])
+    found = searched(tmp_path)
+    assert found["unread"]["mmlu"] and ("mmlu" in found["compared"]) == unpacked
+
+
+def test_judges_training_files_are_no_questions_and_prompts_are_read_by_line(tmp_path):
+    put(tmp_path, "truthfulqa/TruthfulQA.csv", b"Type,Category,Question\na,b,Why is the sky blue in the morning and so red in the evening?\n")
+    put(tmp_path, "truthfulqa/finetune_truth.jsonl", SOUND)
+    put(tmp_path, "toxigen/annotated.json", b"[" + SOUND + b"]")
+    assert searched(tmp_path)["compared"]["truthfulqa"]["examples"] == 0 and "toxigen" in searched(tmp_path)["not_compared"]
+    put(tmp_path, "toxigen/hate_women_1k.txt", f"- {QUESTION}\n\n- and another line\n".encode())
+    assert searched(tmp_path)["compared"]["toxigen"] == HIT | {"examples_in_all": 2}
+
+
+def test_ids_that_occur_twice_are_counted(tmp_path):
+    tallies = Tally(), Tally()
+    for tally in tallies:
+        tally.add([("a", [{"role": "user", "content": "hi"}]), ("b", []), ("b", [{"role": "user", "content": None}])])
+    assert summary_of(tallies[0])["duplicate_ids"] == 1 and summary_of(add_tallies(*tallies))["duplicate_ids"] == 4
+    assert "whose id an earlier one has | 4" in validation_table(summary_of(tallies[0])).data
 
 
 def test_the_threshold_fails_the_cell_after_everything_is_written(tmp_path):

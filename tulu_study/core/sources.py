@@ -22,13 +22,14 @@ def find(
     root: str | Path | None,   # a sources root, or the record's own folder; None = nowhere
     folder: str,               # the record's folder
     name: str,                 # the file's path in it
+    empty: bool = False,       # take an empty file too: who reads it says that it is
 ) -> Path | None:              # the file, or None
     "Look for a raw file below a sources root, also with or without `.gz`."
     if root is None: return None
     other = name.removesuffix(".gz") if name.endswith(".gz") else name + ".gz"
     for path in (Path(root)/folder/name, Path(root)/name, Path(root)/folder/other, Path(root)/other):
         if path.is_file():
-            if path.stat().st_size == 0: raise SourceError(f"{path} is empty. A copy or download was probably cut off: delete it and copy it again.")
+            if path.stat().st_size == 0 and not empty: raise SourceError(f"{path} is empty. A copy or download was probably cut off: delete it and copy it again.")
             return path
     return None
 
@@ -171,6 +172,7 @@ def fetch(
     record: Source,                    # a dataset or benchmark record, or anything with key, folder and files
     names: list[str] | None = None,    # which of its files, None = all
     root: str | Path | None = None,    # a sources root, None = the site's
+    empty: bool = False,               # take empty files too: who reads them says that they are
 ) -> dict[str, Path]:                  # file name -> local path
     "Get the raw files of a record from the sources root, the cache or the network. Raises SourceError naming every file that could not be had."
     root = root or settings().sources
@@ -181,7 +183,7 @@ def fetch(
     for name in names or known:
         file, cached = known[name], settings().cache/record.folder/name
         try:
-            if path := find(root, record.folder, name) or (check(cached, file) if cached.is_file() else None) or (None if file.optional else _download(record, file, root)): got[name] = path
+            if path := find(root, record.folder, name, empty) or (check(cached, file) if cached.is_file() else None) or (None if file.optional else _download(record, file, root)): got[name] = path
         except SourceError as e: problems.append(str(e))
     if problems: raise SourceError("\n".join(problems))
     return got

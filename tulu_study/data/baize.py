@@ -51,7 +51,7 @@ def read_transcript(
     return [message for question, answer in rounds for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})]
 
 # %% ../../nbs/data/13_baize.ipynb #f8e85c48
-@converter("baize")
+@converter("baize", filters=("no_round",), bare=("paper",))
 def convert_baize(
     raw,  # the four raw files
     rng,  # drawn from only by num_examples

@@ -21,9 +21,9 @@ def read_inputs_targets(
 
 # %% ../../nbs/data/04_cot.ipynb #b33cecad
 def _drawn(items, n: int, rng) -> list:
-    "At most `n` items: a sample when there are more, all in order otherwise."
+    "At most `n` items: a sample when there are more, all in order otherwise; without the gaps (None) that bad records leave."
     items = list(items)
-    return rng.sample(items, n) if n < len(items) else items
+    return [item for item in (rng.sample(items, n) if n < len(items) else items) if item is not None]
 
 
 @converter("cot")
@@ -39,6 +39,6 @@ def convert_cot(
     if bad := [n for n in (num_zero_shot_examples, num_few_shot_examples) if not isinstance(n, int) or n < 0]:
         raise DatasetError(f"cot: found {bad[0]!r} examples, expected a whole number from 0")
     wanted = [num_zero_shot_examples if num_few_shot_examples > 0 or protocol == "fixed" else 0, num_few_shot_examples]
-    pairs = [pair for file, n in zip(raw.files, wanted) for pair in _drawn(raw.items(file, read_inputs_targets), n, rng)]
+    pairs = [pair for file, n in zip(raw.files, wanted) for pair in _drawn(raw.rows(file, read_inputs_targets), n, rng)]
     for i, (prompt, answer) in enumerate(pairs):
         yield i, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

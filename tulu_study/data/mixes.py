@@ -116,8 +116,9 @@ def mix_datasets(
     write_jsonl(folder / f"{record.key}_data.jsonl", counted(rows, report), ensure_ascii=True)
     report.parts = [_part(key, written[key], kept.get(key), paths[key]) for key in paths]
     report.n_in, report.n_rejected = sum(part["n_in"] for part in report.parts), sum(part["n_excluded"] for part in report.parts)
-    report.n_records = report.n_in - report.n_rejected
+    report.n_records, report.n_filtered = report.n_in - report.n_rejected, report.n_rejected
     report.reasons = dict(sorted(names.items(), key=lambda item: -item[1]))
+    report.rules = list(report.reasons)
     write_atomic(folder / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
     return report
 

@@ -8,7 +8,7 @@ __all__ = ['ROLE_OF', 'paths_below', 'read_tree', 'convert_oasst1']
 # %% ../../nbs/data/05_oasst1.ipynb #5202c0aa
 from functools import partial
 
-from .conversion import converter, sampled
+from .conversion import converter, in_turn, sampled
 from .reading import BadRecord, text_of
 
 # %% ../../nbs/data/05_oasst1.ipynb #3dec3a31
@@ -58,6 +58,7 @@ def read_tree(
     tree,  # {message_tree_id, tree_state, prompt}
     top_k: int | None = None,
     june2023: bool = False,
+    strict: bool = False,  # a path whose speakers do not take turns makes the tree a reject
 ) -> list:  # conversations, each a list of messages
     "All conversations of one tree."
     if not isinstance(tree, dict):
@@ -65,7 +66,8 @@ def read_tree(
     if "prompt" not in tree:
         raise BadRecord("missing_key", f"found keys {sorted(map(str, tree))[:12]}, expected 'prompt' among them")
     deleted = isinstance(tree["prompt"], dict) and tree["prompt"].get("deleted") and not june2023
-    return [] if deleted else list(paths_below(tree["prompt"], [], top_k, june2023))
+    paths = [] if deleted else list(paths_below(tree["prompt"], [], top_k, june2023))
+    return [in_turn(path) for path in paths] if strict else paths
 
 # %% ../../nbs/data/05_oasst1.ipynb #0fe2faf6
 @converter("oasst1", protocols=("paper", "fixed", "june2023"))
@@ -79,5 +81,5 @@ def convert_oasst1(
     num_examples: int | None = None,  # sub-sample of the trees; None keeps all
 ):  # yields (number, messages)
     "Yield every path from a root to a leaf answer."
-    read = partial(read_tree, top_k=top_k_reply, june2023=june2023 or protocol == "june2023")
+    read = partial(read_tree, top_k=top_k_reply, june2023=june2023 or protocol == "june2023", strict=protocol == "fixed")
     yield from enumerate(path for paths in sampled(raw.items(raw.files[0], read), num_examples, rng) for path in paths)

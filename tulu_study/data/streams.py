@@ -7,7 +7,7 @@ them out. Where records draw nothing and bring their own names, there is nothing
 import json, multiprocessing, os, random, re, sys
 from collections import Counter
 from io import BytesIO
-from itertools import islice
+from itertools import chain, islice
 from json.encoder import encode_basestring_ascii as quoted
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,7 +18,6 @@ BATCH = 512  # conversations that are counted and written together
 BLOCK = 2 * 1024 * 1024  # bytes of a raw file that a worker converts at a time
 LARGE = 32 * 1024 * 1024  # bytes of raw files from which several cores pay, unless a converter says otherwise
 FIRST = re.compile(rb'(?:\xef\xbb\xbf)?\s*\[\s*\{\s*("(?:[^"\\]|\\.)*")')  # the beginning of a list of objects, up to the first one's first key
-READING = ("malformed_json", "invalid_utf8", "too_large", "nested_too_deep", "damaged_gzip")  # reasons after which a list cannot be read on
 HEADS = {role: f'{{"role": "{role}", "content": ' for role in ("system", "user", "assistant")}
 KEYS = ("role", "content")
 
@@ -124,7 +123,10 @@ def blocks_of(path: str | Path, lines: bool, size: int = BLOCK, *, large: int = 
     with open_raw(path) as stream:
         try:
             if lines:
-                for i, block in enumerate(iter(lambda: stream.read(size), b"")):
+                if not (first := stream.read(size)):
+                    yield b""  # an empty file has a reader too, who says so
+                    return
+                for i, block in enumerate(chain([first], iter(lambda: stream.read(size), b""))):
                     block += stream.readline(RECORD_SIZE)
                     if len(block) >= RECORD_SIZE or (i and block.startswith(b"\xef\xbb\xbf")):
                         raise Unsplittable

@@ -8,13 +8,15 @@ __all__ = ['LEAKED', 'task_names', 'read_task_list', 'task_record', 'fetch_tasks
 
 # %% ../../nbs/data/07_super_ni.ipynb #cbc99a3f
 import json
+import math
 import re
+from functools import partial
 
 from ..core.params import SourceFile
 from ..core.settings import settings
 from ..core.sources import SourceError, fetch, find
 from .conversion import converter
-from .reading import DAMAGED, BadRecord, open_raw, text_of
+from .reading import DAMAGED, BadRecord, RawRecord, open_raw, text_of
 from .templates import as_messages, encode_few_shot_example, encode_instruction_example
 
 # %% ../../nbs/data/07_super_ni.ipynb #6c7e8d0f
@@ -59,13 +61,13 @@ def fetch_tasks(
 ) -> dict:  # file name -> local path
     "Get every task file; SourceError that names all absent ones when the first of them cannot be had."
     cache = settings().cache / record.folder
-    absent = [file.name for file in record.files if not find(root, record.folder, file.name) and not (cache / file.name).is_file()]
+    absent = [file.name for file in record.files if not find(root, record.folder, file.name, empty=True) and not (cache / file.name).is_file()]
     try:
-        fetch(record, absent[:1], root) if absent else None
+        fetch(record, absent[:1], root, empty=True) if absent else None
     except SourceError as error:
         raise SourceError(f"{record.key}: {len(absent):,} of the {len(record.files):,} task files that the task list names are missing: {', '.join(absent)}. "
                           f"Clone {record.homepage} and lay its folders splits and tasks below <sources root>/{record.folder}. The first of them: {error}") from error
-    return fetch(record, root=root)
+    return fetch(record, root=root, empty=True)
 
 # %% ../../nbs/data/07_super_ni.ipynb #d699f4be
 def _list_of(task, key: str) -> list:
@@ -95,31 +97,37 @@ def read_instance(
 # %% ../../nbs/data/07_super_ni.ipynb #732453b1
 def read_task(
     task,  # a task file's JSON
+    alone: int = 0,  # instances that need no exemplars; exemplars are looked at when there are more
 ) -> tuple:  # (definition, exemplars [{input, output}], instances as they are)
     "Take definition, exemplars and instances of a task; BadRecord when the task is unusable as a whole."
-    definition = _text_at(_list_of(task, "Definition"), "Definition")
-    exemplars = [{key: text_of(example, key) for key in ("input", "output")} for example in _list_of(task, "Positive Examples")]
-    instances = _list_of(task, "Instances")
+    definition, instances = _text_at(_list_of(task, "Definition"), "Definition"), _list_of(task, "Instances")
     if not instances:
         raise BadRecord("no_instances", "found an empty list of instances, expected at least one")
-    return definition, exemplars, instances
+    shown = _list_of(task, "Positive Examples") if len(instances) > alone else []
+    return definition, [{key: text_of(example, key) for key in ("input", "output")} for example in shown], instances
 
 # %% ../../nbs/data/07_super_ni.ipynb #3195aa09
 def tasks_of(
     raw,  # the raw files; its account is kept in instances
     file: str,  # a task file
-):  # yields (definition, exemplars, readable instances)
+    alone: int = 0,  # as in read_task
+):  # yields (definition, exemplars, instances, None in the place of each that cannot be used)
     "Read a task file, and account for every instance in it."
-    for definition, exemplars, rows in raw.items(file, read_task):
-        good = []
+    before = raw.n_in
+    for definition, exemplars, rows in raw.items(file, partial(read_task, alone=alone)):
+        found = []
         for number, row in enumerate(rows, 1):
             try:
-                good.append(read_instance(row))
+                found.append(read_instance(row))
             except BadRecord as problem:
-                raw.rejects.append({"dataset": raw.record.key, "file": file, "row": number, "reason": problem.reason, "detail": problem.detail, "raw": json.dumps(row, ensure_ascii=False)[:500]})
+                found.append(None)
+                raw.reject(RawRecord(file, number), problem.reason, problem.detail, json.dumps(row, ensure_ascii=False)[:500])
         raw.n_in += len(rows) - 1
-        raw.n_records += len(good) - 1
-        yield definition, exemplars, good
+        raw.n_records += len(rows) - found.count(None) - 1
+        yield definition, exemplars, found
+    if raw.n_in == before:
+        raw.n_in += 1
+        raw.reject(RawRecord(file, 1, final=True), "no_task", "found an empty list, expected one task; copy or download the file again")
 
 # %% ../../nbs/data/07_super_ni.ipynb #fe13e9ea
 @converter("super_ni")
@@ -133,16 +141,18 @@ def convert_super_ni(
     n_few_shot: int = 2,  # exemplars of a few-shot instance
 ):  # yields (instance id, messages)
     "Sample every task of the list and lay out its instances, first without and then with exemplars."
-    path, wanted = raw.paths[raw.files[0]], zero_shot_examples_per_task + few_shot_examples_per_task
+    path, alone, wanted = raw.paths[raw.files[0]], zero_shot_examples_per_task, zero_shot_examples_per_task + few_shot_examples_per_task
     names = read_task_list(path)
     raw.paths.update(fetch_tasks(task_record(raw.record, names), path.parents[2]))
     for name in names:
-        for definition, exemplars, instances in tasks_of(raw, f"tasks/{name}.json"):
+        for definition, exemplars, instances in tasks_of(raw, f"tasks/{name}.json", alone if few_shot_examples_per_task else math.inf):
             chosen = rng.sample(instances, wanted) if wanted < len(instances) else instances
-            for i, (number, question, answer) in enumerate(chosen):
-                if i < zero_shot_examples_per_task:
+            for i, instance in enumerate(chosen):
+                number, question, answer = instance or (None, "", "")  # one that cannot be used draws like any other
+                if i < alone:
                     pair = encode_instruction_example(definition, question, answer, rng=rng)
                 else:
                     shown = rng.sample(exemplars, n_few_shot) if n_few_shot < len(exemplars) else exemplars
                     pair = encode_few_shot_example(definition, shown, question, answer)
-                yield number, as_messages(pair)
+                if instance:
+                    yield number, as_messages(pair)

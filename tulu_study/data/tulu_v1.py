@@ -18,7 +18,7 @@ from ..core.files import write_atomic
 from ..core.messages import ROLES
 from ..core.params import Dataset, datasets, mixes
 from ..core.sources import fetch
-from .conversion import Raw, Report, converter, counted
+from .conversion import Raw, Report, converter, counted, in_turn
 from .reading import BadRecord, text_of
 from .tabular import table_items
 
@@ -40,11 +40,12 @@ def read_mixed(
 def convert_tulu_v1(
     raw,  # the raw files
     rng,  # not drawn from
-    protocol,  # makes no difference: the authors drew
+    protocol,  # "fixed" rejects what is out of turn; the draws were the authors'
 ):  # yields (id, messages)
     "Copy every conversation of the mixture."
+    read = (lambda row: (found := read_mixed(row), in_turn(found[2]))[0]) if protocol == "fixed" else read_mixed
     for file in raw.files:
-        for _, number, messages in table_items(raw, file, read_mixed):
+        for _, number, messages in table_items(raw, file, read):
             yield number, messages
 
 # %% ../../nbs/data/15_tulu_v1.ipynb #0808b46f

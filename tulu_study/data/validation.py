@@ -8,7 +8,7 @@ __all__ = ['SCRIPTS', 'SHARE', 'ROLES', 'ROUND', 'NGRAM', 'LEFT_OUT', 'script_of
            'validation_table']
 
 # %% ../../nbs/data/02b_validation.ipynb #e9102756
-import csv, json, re, tempfile
+import re, tarfile, tempfile
 from array import array
 from collections import Counter
 from itertools import islice
@@ -18,6 +18,8 @@ from ..core.messages import check_messages
 from ..core.params import benchmarks
 from ..core.settings import settings
 from ..core.sources import find
+from .reading import DAMAGED, open_raw, read_records
+from .tabular import read_cells
 
 # %% ../../nbs/data/02b_validation.ipynb #7ad79c5f
 SCRIPTS = {   # name -> Unicode ranges of its letters, for a regular expression; everything else with letters is Latin
@@ -110,7 +112,7 @@ class _Travels:
 
 def _files() -> dict:
     "Files for hashes, in memory while they are small."
-    return {kind: tempfile.SpooledTemporaryFile(max_size=1 << 18) for kind in ("conversations", "messages")}
+    return {kind: tempfile.SpooledTemporaryFile(max_size=1 << 18) for kind in ("conversations", "messages", "ids")}
 
 # %% ../../nbs/data/02b_validation.ipynb #6e58e226
 class Tally(_Travels, _Chains):
@@ -124,6 +126,7 @@ class Tally(_Travels, _Chains):
     def add(self, batch: list):  # of (id, messages)
         "Count a batch of conversations."
         self.n += len(batch)
+        self.hashes["ids"].write(array("q", [hash(name) for name, _ in batch]))
         flat = [message for _, messages in batch for message in messages]
         odd = [] if _regular(flat) else [pair for pair in batch if not _regular(pair[1])]
         if odd:
@@ -195,6 +198,7 @@ def summary_of(
         "messages": stored["messages"], "empty_messages": tally.empty,
         "duplicate_messages": stored["messages"] - _distinct(tally.hashes["messages"]),
         "duplicate_conversations": stored["conversations"] - _distinct(tally.hashes["conversations"]),
+        "duplicate_ids": stored["ids"] - _distinct(tally.hashes["ids"]),
         "not_alternating": sum(chains.values()), "chains": {chain_of(shape): n for shape, n in chains.most_common(5)},
         "characters": {role: spread(counts) for role, counts in tally.lengths.items() if counts},
         "scripts": {script: n for script, n in tally.scripts.most_common() if n}, "scripts_method": "script of most letters, by Unicode block; no language is guessed",
@@ -232,55 +236,92 @@ def grams_of(
 
 def _texts_in(value) -> list:
     "Every text in a parsed value, however deep."
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, (list, tuple, dict)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _texts_in(item)]
-    return []
+    found, waiting = [], [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, (list, tuple, dict)):
+            waiting.extend(reversed(part.values() if isinstance(part, dict) else part))
+    return found
 
 # %% ../../nbs/data/02b_validation.ipynb #b6b9a547
+LEFT_OUT = ("train", "exemplars", "prompts", "finetune", "annotated")  # in the names of files that are not test questions
+
+
+def _left_out(name: str) -> bool:
+    return any(word in name.lower() for word in LEFT_OUT)
+
+
+def _file_rows(file, name: str):
+    "Yield (value, reason) for each row of a benchmark file, by the kind that its name tells; nothing for other kinds."
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv"):
+        yield from ((row.value, row.reason) for row in read_cells(file, name, "\t" if kind == ".tsv" else ","))
+    elif kind in (".json", ".jsonl"):
+        for row in read_records(file, name):
+            lists = [part for part in row.value.values() if isinstance(part, list)] if kind == ".json" and isinstance(row.value, dict) else []
+            yield from ((value, "") for value in lists[0]) if lists and row.row == 1 else [(row.value, row.reason)]
+    elif kind == ".txt":
+        with open_raw(file) as stream:
+            yield from ((line.decode("utf-8", "replace"), "") for line in stream if line.strip())
+
+
+def _members(path):
+    "Yield the rows of the test files in a tar archive."
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and "test" in member.name and not _left_out(member.name):
+                yield from _file_rows(archive.extractfile(member), member.name)
+
+
 def examples_in(
-    path,  # a benchmark file: .jsonl, .json, .csv, .tsv, also gzipped; others have none
-) -> list:  # one list of texts for each row
-    "Read a benchmark file as lists of texts; rows that cannot be read are passed over."
-    import gzip
-    kind = [suffix for suffix in path.suffixes if suffix != ".gz"][-1:]
-    with open(path, "rb") as raw:
-        packed = raw.read(2) == b"\x1f\x8b"
-    with (gzip.open if packed else open)(path, "rt", encoding="utf-8", errors="replace", newline="") as stream:
-        if kind in ([".csv"], [".tsv"]):
-            return list(csv.reader(stream, delimiter="\t" if kind == [".tsv"] else ","))
-        if kind not in ([".json"], [".jsonl"]):
-            return []
-        text = stream.read()
+    path,  # a benchmark file: .jsonl, .json, .csv, .tsv or .txt, also gzipped, or .tar with such files for the test; others have none
+) -> tuple:  # (one list of texts for each row, Counter: reason -> rows that cannot be read)
+    "Read a benchmark file as lists of texts; never raises for what is in it."
+    path, examples, skipped = Path(path), [], Counter()
     try:
-        whole = json.loads(text)
-        rows = next((part for part in whole.values() if isinstance(part, list)), [whole]) if isinstance(whole, dict) else whole
-    except ValueError:
-        rows = [json.loads(line) for line in text.splitlines() if line[:1] in "{[" and line[-1:] in "}]"]
-    return [_texts_in(row) for row in rows] if isinstance(rows, list) else []
+        for value, reason in _members(path) if path.suffix == ".tar" else _file_rows(path, path.name):
+            if reason:
+                skipped[reason] += 1
+            else:
+                examples.append(_texts_in(value))
+    except (tarfile.TarError, *DAMAGED) as error:
+        skipped["damaged_tar" if isinstance(error, tarfile.TarError) else "damaged_gzip"] += 1
+    return examples, skipped
 
 # %% ../../nbs/data/02b_validation.ipynb #c010137c
-LEFT_OUT = ("train", "exemplars", "prompts")  # in the names of files that are not test questions
-
-
 def _at_hand(record, name: str, roots: tuple):
     "A file of a record below the first root that has it, None where none has."
-    return next((path for path in (find(root, record.folder, name) for root in roots) if path), None)
+    return next((path for path in (find(root, record.folder, name, empty=True) for root in roots) if path), None)
+
+
+def _examples_of(record, roots: tuple) -> tuple:  # (examples, Counter: reason -> rows that cannot be read)
+    "The test questions of a benchmark: those of the files in its record or, where these give none, of every file that is named a test."
+    skipped = Counter()
+    named = list(filter(None, (_at_hand(record, file.name, roots) for file in record.files if not _left_out(file.name))))
+    beside = [(path, folder) for root in roots if root for folder in [Path(root) / record.folder] for path in sorted(folder.rglob("*test*"))]
+    for paths in (named, [path for path, folder in beside if path.is_file() and path not in named and not _left_out(str(path.relative_to(folder)))]):
+        examples = []
+        for path in paths:
+            found, passed = examples_in(path)
+            examples += found
+            skipped += passed
+        if examples:
+            break
+    return examples, skipped
 
 
 def benchmark_index(
     root,  # sources root, None for the site's
     n: int = NGRAM,
-) -> tuple:  # ({benchmark: (sorted hashes, their examples, number of examples)}, [benchmarks not there])
+) -> tuple:  # ({benchmark: (sorted hashes, their examples, number of examples)}, [benchmarks not there], {benchmark: {reason: rows that cannot be read}})
     "Index the texts of every benchmark whose files are at hand; nothing is downloaded."
     import numpy as np
-    found, absent, roots = {}, [], (root or settings().sources, settings().cache)
+    found, absent, unread, roots = {}, [], {}, (root or settings().sources, settings().cache)
     for key, record in benchmarks().items():
-        wanted = [file.name for file in record.files if not any(word in file.name.lower() for word in LEFT_OUT)]
-        paths = [path for path in (_at_hand(record, name, roots) for name in wanted) if path]
-        paths = paths or [path for root in roots if root for path in sorted((Path(root) / record.folder).rglob("*test*")) if path.is_file()]
-        examples = [texts for path in paths for texts in examples_in(path)]
+        examples, skipped = _examples_of(record, roots)
+        unread |= {key: dict(skipped)} if skipped else {}
         hashes, owners = array("q"), array("q")
         for i, texts in enumerate(examples):
             runs = [gram for text in texts for gram in grams_of(text, n)]
@@ -291,7 +332,7 @@ def benchmark_index(
             found[key] = np.array(hashes, dtype=np.int64)[order], np.array(owners, dtype=np.int64)[order], len(examples)
         else:
             absent.append(key)
-    return found, absent
+    return found, absent, unread
 
 # %% ../../nbs/data/02b_validation.ipynb #b1c2d42d
 def overlap(
@@ -322,12 +363,12 @@ def contamination(
     conversations,  # iterable of {dataset, id, messages}
     root=None,  # sources root that holds the benchmarks; None = the site's
     n: int = NGRAM,  # words in a row
-) -> dict:  # method, compared (benchmark -> counts), not_compared
+) -> dict:  # method, compared (benchmark -> counts), not_compared, unread (benchmark -> reason -> rows)
     "Search a dataset for the texts of the benchmarks."
-    index, absent = benchmark_index(root, n)
-    texts = ("\n".join(message["content"] for message in row["messages"] if isinstance(message.get("content"), str)) for row in conversations)
+    index, absent, unread = benchmark_index(root, n)
+    texts = ("\n".join(message["content"] for message in row["messages"] if isinstance(message, dict) and isinstance(message.get("content"), str)) for row in conversations)
     batches = iter(lambda: list(islice(texts, 512)), [])
-    return {"method": f"{n}-gram word overlap, case and punctuation aside", "compared": overlap(batches, index, n) if index else {}, "not_compared": absent}
+    return {"method": f"{n}-gram word overlap, case and punctuation aside", "compared": overlap(batches, index, n) if index else {}, "not_compared": absent, "unread": unread}
 
 # %% ../../nbs/data/02b_validation.ipynb #dc85ec14
 def validation_table(
@@ -335,8 +376,8 @@ def validation_table(
 ) -> "Markdown":
     "Show the findings of a validation."
     from IPython.display import Markdown
-    names = {"empty_messages": "empty messages", "duplicate_messages": "messages that repeat an earlier one", "duplicate_conversations": "conversations that repeat an earlier one", "not_alternating": "conversations whose roles do not alternate"}
-    rows = [("messages", validation["messages"])] + [(title, validation[name]) for name, title in names.items()]
+    names = {"empty_messages": "empty messages", "duplicate_messages": "messages that repeat an earlier one", "duplicate_conversations": "conversations that repeat an earlier one", "duplicate_ids": "conversations whose id an earlier one has", "not_alternating": "conversations whose roles do not alternate"}
+    rows = [("messages", validation["messages"])] + [(title, validation[name]) for name, title in names.items() if name in validation]
     rows += [(f"– {chain}", n) for chain, n in validation["chains"].items()]
     lengths = [(f"characters in a message of {role}", f"mean {found['mean']:,.1f}, median {found['median']:,}, 90 % below {found['p90']:,}, longest {found['max']:,}") for role, found in validation["characters"].items()]
     rows += lengths + [(f"messages in {script} letters" if script != "no letters" else "messages without a letter", n) for script, n in validation["scripts"].items()]
@@ -344,6 +385,7 @@ def validation_table(
     search = validation.get("contamination")
     for key, found in (search or {}).get("compared", {}).items():
         rows.append((f"{key}: conversations that share {search['method'].split()[0]}s", f"{found['conversations']:,}; {found['examples']:,} of {found['examples_in_all']:,} examples touched, {found['examples_mostly']:,} mostly there"))
+    rows += [(f"{key}: rows that could not be read", ", ".join(f"{reason} {n:,}" for reason, n in found.items())) for key, found in (search or {}).get("unread", {}).items()]
     rows += [("benchmarks not compared (no files)", ", ".join(search["not_compared"]) or "none")] if search else [("benchmark overlap", "not searched")]
     rows = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows]
     return Markdown("| | |\n|:--|--:|\n" + "\n".join(f"| {str(name).replace('|', '/')} | {value} |" for name, value in rows))
