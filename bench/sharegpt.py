@@ -85,7 +85,8 @@ def measure(source, tokenizer, rounds, max_length, cores, work):
     from tulu_study.core.params import datasets
     from tulu_study.core.sources import fetch
     from tulu_study.data import convert, counting
-    from tulu_study.data.conversion import find_converter, named_tokenizer
+    from tulu_study.data.conversion import find_converter
+    from tulu_study.data.counting import named_tokenizer
     find_converter("sharegpt")
     paths = fetch(datasets()["sharegpt"], root=source)
     processor, loading = timed(lambda: sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model")))

@@ -8,7 +8,8 @@ from tulu_study.core.files import read_jsonl
 from tulu_study.core.params import Dataset, SourceFile, datasets
 from tulu_study.data import DatasetError, convert, converter, require_accepted
 from tulu_study.data import reading
-from tulu_study.data.conversion import CONVERTERS, Lengths, convert_in_order, report_table
+from tulu_study.data.conversion import CONVERTERS, convert_in_order, report_table
+from tulu_study.data.counting import Lengths
 from tulu_study.data.reading import read_items, read_lines, text_of
 from tulu_study.data.tabular import read_cells, read_csv, table_items
 
