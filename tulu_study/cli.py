@@ -267,10 +267,28 @@ def evaluate(
     report = evaluate_any(model, benchmarks, out, n=n or None, per_group=per_group or None, chat={"auto": None, "yes": True, "no": False}[chat], engine=engine, dtype=dtype, protocol=protocol,
                           served=served, api=api, recording=recording, max_dollars=max_dollars or None)
     value = lambda score: "–" if score["value"] is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
-    print(_table([[s["benchmark"], s["setting_name"], value(s), str(s["n"]), str(s["n_errors"]), s["stand_in"]["words"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "n", "failed", "stand-in judge"]))
+    print(_table([[s["benchmark"], s["setting_name"], value(s), "–" if s["detectable"] is None else f"{s['detectable']:.1f}", str(s["n"]), str(s["n_errors"]), s["stand_in"]["words"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "detectable", "n", "failed", "stand-in judge"]))
+    print("\ndetectable: the smallest true difference to a model that fails independently, in points, found 4 times in 5; `tulu-study compare` measures it for two models on the same questions")
     for s in report.scores:
         if s["n_errors"]: print(f"{s['benchmark']} {s['setting_name']}: {s['n_errors']} of {s['n_examples']} failed ({'; '.join(s['errors'])}); each is in its predictions file")
     print(f"\n{report.made} predictions made, {report.kept} kept from before; everything is in {os.path.relpath(out)}")
+
+
+@call_parse(pos=["first", "second"])
+def compare(
+    first: str = "",    # a folder that evaluate wrote, or a model of a study as <study>/<size>-<data>
+    second: str = "",   # the model that it is compared with
+):
+    "Compare two models question by question: differences with intervals and p-values; refuses where they were not asked the same."
+    from tulu_study.reporting.comparison import HEAD, compare_models, comparison_rows
+    if not (first and second): raise CellError("Name two models: folders that tulu-study evaluate wrote, or <study>/<size>-<data> of a study, such as nano/13B-dolly nano/13B-vanilla.")
+    found, alone = compare_models(first, second)
+    print(f"first: {first}\nsecond: {second}\n\n" + _table(comparison_rows(found), HEAD))
+    print("\nfirst minus second, in points; detectable: the smallest true difference that this many questions would have shown, 4 times in 5")
+    if alone: print(f"only one of them has {', '.join(alone)}")
+    if refused := sum(bool(row["refused"]) for row in found):
+        print(f"{refused} of {len(found)} settings were not compared", file=sys.stderr)
+        sys.exit(1)
 
 
 @call_parse(pos=["name"])
@@ -401,7 +419,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "sources": sources, "export": export, "push": push, "weight-diff": weight_diff, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "compare": compare, "sources": sources, "export": export, "push": push, "weight-diff": weight_diff, "doctor": doctor}
 
 
 def main() -> None:
@@ -413,7 +431,7 @@ def main() -> None:
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    words, places = sys.argv[2:], {"export": ("path",), "push": ("path",), "weight-diff": ("action",), "evaluate": ("model",)}.get(command, ("study", "name"))
+    words, places = sys.argv[2:], {"export": ("path",), "push": ("path",), "weight-diff": ("action",), "evaluate": ("model",), "compare": ("first", "second")}.get(command, ("study", "name"))
     if "study" in places and "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
     given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in places if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})

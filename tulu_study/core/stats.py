@@ -26,6 +26,7 @@ class Interval:
     method: str            # how the bounds were made, in words
     p: float | None = None # two-sided p-value, for differences only
     se: float = 0.0        # standard error of the value
+    units: int = 0         # examples or groups that were drawn
 
     @property
     def outside_noise(self) -> bool:
@@ -37,7 +38,7 @@ class Interval:
                factor: float, # 100 turns shares into percent
                ) -> "Interval":
         "The same interval in another unit."
-        return Interval(self.value * factor, self.low * factor, self.high * factor, self.n, self.level, self.method, self.p, self.se * factor)
+        return Interval(self.value * factor, self.low * factor, self.high * factor, self.n, self.level, self.method, self.p, self.se * factor, self.units)
 
 # %% ../../nbs/core/03_stats.ipynb #081ce6c2
 def checked_values(values,             # scores of single examples
@@ -131,11 +132,11 @@ def spread(values: np.ndarray, # scores or differences, one per example
     value, tail = float(sums.sum() / sizes.sum()), tail_share(len(sums), level)
     if np.ptp(values) == 0:
         low, high = agreeing_bounds(value, len(sums), level, bounds)
-        return Interval(value, low, high, len(values), level, f"exact, all {name} agree")
+        return Interval(value, low, high, len(values), level, f"exact, all {name} agree", units=len(sums))
     means = redrawn_means(values, n_boot, seed) if name == "examples" else redrawn_ratios(sums, sizes, n_boot, seed)
     low, high = np.quantile(means, [tail, 1 - tail])
     error = float(means.std(ddof=1)) * math.sqrt(len(sums) / (len(sums) - 1))
-    return Interval(value, float(min(low, value)), float(max(high, value)), len(values), level, f"bootstrap over {name}", None, error)
+    return Interval(value, float(min(low, value)), float(max(high, value)), len(values), level, f"bootstrap over {name}", None, error, len(sums))
 
 # %% ../../nbs/core/03_stats.ipynb #f3ab35d2
 def bootstrap(values,            # scores of single examples
@@ -163,12 +164,18 @@ def flipped_sums(sums: np.ndarray, # sum of differences, one per unit
 
 # %% ../../nbs/core/03_stats.ipynb #3cf33e95
 def sign_flip_p(sums: np.ndarray, # sum of differences, one per unit
-                n_flip=9999,      # how many random sign patterns
+                n_flip=9999,      # how many random sign patterns, where the differences have several sizes
                 seed=42,          # seed of the draws
                 ) -> float:
     "Two-sided p-value of the hypothesis that each unit's difference could as well have had the other sign."
+    moved = sums[sums != 0]
+    if not len(moved): return 1.0
+    if np.ptp(np.abs(moved)) == 0:
+        from scipy.stats import binomtest
+        return float(binomtest(int((moved > 0).sum()), len(moved)).pvalue)
     observed, slack = abs(sums.sum()), 1e-9 * max(1.0, np.abs(sums).sum())
     return float((1 + (np.abs(flipped_sums(sums, n_flip, seed)) >= observed - slack).sum()) / (n_flip + 1))
+
 
 # %% ../../nbs/core/03_stats.ipynb #6b8d6fd1
 def paired_difference(a,                 # scores of one model
@@ -186,17 +193,21 @@ def paired_difference(a,                 # scores of one model
     reach = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
     found = spread(first - second, clusters, level, n_boot, seed, reach, average)
     p = sign_flip_p(units(first - second, clusters, average)[0], seed=seed)
-    return Interval(found.value, found.low, found.high, found.n, level, "paired " + found.method, p, found.se)
+    return Interval(found.value, found.low, found.high, found.n, level, "paired " + found.method, p, found.se, found.units)
 
 # %% ../../nbs/core/03_stats.ipynb #dad240fd
 def minimum_detectable(n: int,     # examples
-                       sd: float,  # standard deviation of one example's (difference of) scores
+                       sd: float,  # standard deviation of one example's (difference of) scores; of a group's, where `groups` are the units
                        level=0.95, # nominal coverage of the interval
                        power=0.8,  # chance to find a difference of that size
+                       groups: int | None = None, # number of groups, where whole groups are drawn (then `n` does not count)
                        ) -> float:
-    "The smallest true difference that `n` examples show with the given power, in the unit of `sd`."
+    "The smallest true difference that `n` examples, or `groups` groups, show with the given power, in the unit of `sd`."
     if n < 1: raise ValueError(f"n: found {n}, expected at least one example")
     if not sd >= 0: raise ValueError(f"sd: found {sd}, expected a standard deviation of zero or more")
     if not (0 < level < 1 and 0 < power < 1): raise ValueError(f"found level {level} and power {power}, expected shares between 0 and 1")
-    normal = NormalDist()
-    return (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * sd / math.sqrt(n)
+    if groups is None: return (NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)) * sd / math.sqrt(n)
+    if groups < 2: raise ValueError(f"groups: found {groups}, expected at least two; one group shows no spread")
+    from scipy.stats import t
+    return float(t.ppf((1 + level) / 2, groups - 1) + t.ppf(power, groups - 1)) * sd / math.sqrt(groups)
+

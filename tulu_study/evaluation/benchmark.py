@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'Example', 'draw', 'local_files', 'read_text', 'check_rows', 'stripped', 'untouched', 'Benchmark',
-           'chat_prompt', 'prompts_hash', 'prompt_hash', 'asked', 'percent_with_interval', 'percent_mean', 'register',
-           'find_class', 'load_benchmark']
+           'chat_prompt', 'prompts_hash', 'prompt_hash', 'asked', 'detectable', 'percent_with_interval', 'percent_mean',
+           'register', 'find_class', 'load_benchmark']
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #b0684736
 import hashlib
@@ -241,18 +241,28 @@ def score_one(
     if answer is None: answer = self.extract(prediction["completions"][0])
     return self.correct(answer, prediction["target"])
 
+# %% ../../nbs/evaluation/01_benchmark.ipynb #detectable
+def detectable(
+    found,  # core.stats.Interval of a score, in percent
+) -> float:  # points
+    "The smallest true difference to an independent model that this benchmark would show, 4 times in 5."
+    from tulu_study.core.stats import minimum_detectable
+    if "groups" not in found.method: return minimum_detectable(found.n, 100 * 0.5**0.5, found.level)
+    return minimum_detectable(found.n, (2 * found.units)**0.5 * found.se, found.level, groups=found.units)
+
+
 # %% ../../nbs/evaluation/01_benchmark.ipynb #b6bca71d
 def percent_with_interval(
     scores: list,  # one number per example, 0..1
     groups: list,  # each example's group
     average: str = "micro",  # micro: over examples; macro: over groups
-) -> dict:  # value, low, high in percent, interval {method, level}
-    "Mean in percent with its bootstrap interval; None where nothing was scored."
+) -> dict:  # value, low, high in percent, interval {method, level}, detectable (points)
+    "Mean in percent with its bootstrap interval and what it could show; None where nothing was scored."
     from tulu_study.core.stats import bootstrap
-    if not scores: return {"value": None, "low": None, "high": None, "interval": {"method": "none", "level": None}}
+    if not scores: return {"value": None, "low": None, "high": None, "interval": {"method": "none", "level": None}, "detectable": None}
     found = bootstrap(scores, clusters=groups if average == "macro" else None, average=average).scaled(100)
     return {"value": round(found.value, 6), "low": round(found.low, 6), "high": round(found.high, 6),
-            "interval": {"method": found.method, "level": found.level}}
+            "interval": {"method": found.method, "level": found.level}, "detectable": round(detectable(found), 6)}
 
 # %% ../../nbs/evaluation/01_benchmark.ipynb #8b3201d3
 def percent_mean(
@@ -266,7 +276,7 @@ def percent_mean(
 def score(
     self: Benchmark,
     predictions: list,  # of dict: example_id, group, target, answer or completions, error
-) -> dict:  # value, low, high (percent), interval, n, n_errors, micro, macro, groups {name: {value, n}}, examples {id: prompt hash}
+) -> dict:  # value, low, high (percent), interval, detectable, n, n_errors, micro, macro, groups {name: {value, n}}, examples {id: prompt hash}
     "Score predictions: mean, interval, one value per group."
     pairs = [(row.get("group", ""), self.score_one(row)) for row in predictions]
     scored = [(group, value) for group, value in pairs if value is not None]

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'FROM_SCORE', 'CELL_FIELDS', 'MIXED', 'INVENTED', 'DIFFERENT_BASE', 'ResultsError', 'read_score',
-           'read_example_scores', 'compare', 'row_labels', 'settings_of', 'further_columns', 'reason', 'published_cell',
-           'grid_cell', 'score_and_change', 'name_stand_ins', 'grid', 'study_record', 'invented', 'comparable',
-           'study_facts', 'same_base', 'base_names', 'base_facts', 'in_place_of']
+           'read_example_scores', 'compare', 'smallest_change', 'row_labels', 'settings_of', 'further_columns',
+           'reason', 'published_cell', 'grid_cell', 'score_and_change', 'name_stand_ins', 'grid', 'study_record',
+           'invented', 'comparable', 'study_facts', 'same_base', 'base_names', 'base_facts', 'in_place_of']
 
 # %% ../../nbs/reporting/00a_scores.ipynb #f33778eb
 import os
 import json
+import math
 from pathlib import Path
 
 from ..core.files import read_jsonl
 from ..core.params import benchmarks as benchmark_records, datasets, load_study, mixes, models, params_dir
-from ..core.stats import Interval, paired_difference
+from ..core.stats import Interval, minimum_detectable, paired_difference
 from .published import Cell, Column, published, table_columns, table_rows
 
 # %% ../../nbs/reporting/00a_scores.ipynb #cb9eaa38
@@ -60,6 +61,15 @@ def compare(tuned: Path,          # predictions of one model
     groups = [first[example][1] for example in common] if average == "macro" else None
     return paired_difference([first[example][0] for example in common], [second[example][0] for example in common], groups, average=average).scaled(100)
 
+# %% ../../nbs/reporting/00a_scores.ipynb #smallest-change
+def smallest_change(se: float,   # standard error of a difference on the same examples
+                    n: int,      # its examples
+                    units: int,  # what was drawn: examples, or groups of them
+                    ) -> float:
+    "The smallest true difference that a comparison with this spread would have shown, 4 times in 5."
+    return minimum_detectable(n, se * math.sqrt(units), groups=units) if units < n else minimum_detectable(n, se * math.sqrt(n))
+
+
 # %% ../../nbs/reporting/00a_scores.ipynb #f18f1efb
 def row_labels(rows: list[str]) -> dict[str, str]:
     "Key -> label: the paper's rows in the paper's order, then those of the study that the paper does not have."
@@ -79,10 +89,10 @@ def further_columns(benchmarks: dict) -> list[Column]:
     return [Column(key, setting, *name(key, setting)) for key, setting in settings_of(benchmarks) if (key, setting) not in paper]
 
 # %% ../../nbs/reporting/00a_scores.ipynb #0dd6e35a
-FROM_SCORE = ("value", "low", "high", "n", "base_model", "training_data", "protocol", "version", "engine", "dtype", "n_errors", "judge", "stand_in")
+FROM_SCORE = ("value", "low", "high", "n", "base_model", "training_data", "protocol", "version", "engine", "dtype", "n_errors", "judge", "stand_in", "detectable")
 CELL_FIELDS = ("study", "size", "key", "label", "in_paper", "benchmark", "setting", "column", "state", "why", *FROM_SCORE[:4], "interval",
                "published", "published_status", "published_source", "difference", "difference_low", "difference_high",
-               "change", "change_low", "change_high", "change_n", "change_p", "change_se", "outside_noise", *FROM_SCORE[4:])
+               "change", "change_low", "change_high", "change_n", "change_p", "change_se", "change_units", "outside_noise", *FROM_SCORE[4:])
 
 def reason(key: str, column: Column, rows: list[str], benchmarks: dict, score: dict | None) -> str:
     "Why a cell has no value, empty if it has one."
@@ -108,7 +118,7 @@ def grid_cell(key: str, column: Column, score: dict | None, change: Interval | N
     if found["published"] is not None:
         found |= {f"difference{end}": found[name] - found["published"] for end, name in (("", "value"), ("_low", "low"), ("_high", "high"))}
     if change is not None:
-        found |= {"change": change.value, "outside_noise": change.outside_noise} | {f"change_{name}": getattr(change, name) for name in ("low", "high", "n", "p", "se")}
+        found |= {"change": change.value, "outside_noise": change.outside_noise} | {f"change_{name}": getattr(change, name) for name in ("low", "high", "n", "p", "se", "units")}
     return found
 
 # %% ../../nbs/reporting/00a_scores.ipynb #5f141787

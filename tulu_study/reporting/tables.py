@@ -18,7 +18,7 @@ from ..core.files import write_atomic
 from ..core.params import benchmarks as benchmark_records, mixes, models
 from ..core.stats import minimum_detectable
 from .published import LEGEND, MARKS, published, table_columns, table_rows
-from .scores import CELL_FIELDS, INVENTED, base_facts, comparable, grid, in_place_of, invented, row_labels, study_facts, study_record
+from .scores import CELL_FIELDS, INVENTED, base_facts, comparable, grid, in_place_of, invented, row_labels, smallest_change, study_facts, study_record
 
 # %% ../../nbs/reporting/01_tables.ipynb #32318b31
 def escape(text) -> str:
@@ -118,10 +118,11 @@ def column_foot(cells: list[dict], # records of one column
     sizes = sorted({cell["n"] for cell in ran})
     errors = sum(cell["n_errors"] or 0 for cell in ran)
     text = f"{name}: n = {' to '.join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))}"
-    text += (f" (the paper's sample: {record.n})" if record and record.n else "") + (f", {errors} failed examples left out" if errors else "")
-    spreads = [cell["change_se"] * math.sqrt(cell["change_n"]) for cell in ran if cell["change_se"]]
-    sd, what = (statistics.median(spreads), "on the same examples") if spreads else (100 * math.sqrt(0.5), "for models that fail independently")
-    return text + f"; smallest detectable change {minimum_detectable(min(sizes), sd):.1f} points ({what}, 4 times in 5)"
+    text += (f" (the paper's sample: {record.n:,})" if record else "") + (f", {errors} failed examples left out" if errors else "")
+    paired = [smallest_change(cell["change_se"], cell["change_n"], cell["change_units"]) for cell in ran if cell["change_se"]]
+    alone = [cell["detectable"] for cell in ran if cell["detectable"] is not None] or [minimum_detectable(min(sizes), 100 * math.sqrt(0.5))]
+    points, what = (statistics.median(paired), "on the same examples") if paired else (statistics.median(alone), "for models that fail independently")
+    return text + f"; smallest detectable change {points:.1f} points ({what}, 4 times in 5)"
 
 # %% ../../nbs/reporting/01_tables.ipynb #74badc06
 def values_of(cells: list[dict], name: str) -> str:
