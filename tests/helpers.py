@@ -1,5 +1,5 @@
 "Helpers that several tests share."
-import json
+import itertools, json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,3 +13,19 @@ def notebook(path: Path, *cells: str, tags: dict | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "cells": made}))
     return path
+
+
+class MadeUpEngine:
+    "An engine for the runner without a model: a sub-class has `generate` or `completion_scores`, asked in the lists that the runner hands over, each kind by itself."
+    tokenizer, bos = None, "one"
+
+    def __init__(self, checkpoint, **options): pass
+    def reset(self): pass
+    def release(self): pass
+
+    def stream(self, requests):
+        for decoding, group in itertools.groupby(enumerate(requests), key=lambda pair: pair[1].decoding):
+            places, asked = zip(*group)
+            prompts = [request.prompt for request in asked]
+            yield from zip(places, self.generate(prompts, decoding.max_new_tokens, list(decoding.stop), decoding.temperature, decoding.top_p, decoding.top_k, decoding.n) if decoding else
+                           self.completion_scores(prompts, [list(request.completions) for request in asked]))

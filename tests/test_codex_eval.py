@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 
 import pytest
+from helpers import MadeUpEngine
 
 from tulu_study.core.files import write_jsonl
 from tulu_study.evaluation import engines, sandbox
@@ -43,10 +44,7 @@ def engine(monkeypatch):
     "An engine whose n completions of problem i are right i*4 times of 20; keeps what it was asked."
     asked = []
 
-    class MadeUp:
-        tokenizer = None
-        def __init__(self, checkpoint, **options): pass
-        def reset(self): pass
+    class MadeUp(MadeUpEngine):
         def generate(self, prompts, max_new_tokens, stop, temperature, top_p, top_k, n):
             asked.append({"prompts": prompts, "max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "top_p": top_p, "top_k": top_k, "n": n})
             return [Output(error="prompt too long: 2000 tokens") if "word word" in prompt else self.answer(int(prompt[7]), n) for prompt in prompts]

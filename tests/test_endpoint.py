@@ -10,7 +10,7 @@ import pytest
 from tulu_study.core.files import read_jsonl, write_atomic, write_jsonl
 from tulu_study.core.params import Endpoint, models
 from tulu_study.evaluation.endpoint import NOT_LISTED, EndpointEngine, EstimatedTokens, Pace, retry_after
-from tulu_study.evaluation.engines import EngineError
+from tulu_study.evaluation.engines import Decoding, EngineError, Request, prompt_seed
 from tulu_study.evaluation.runner import evaluate, read_predictions
 
 KEY = "sk-a-key-that-nobody-may-see"
@@ -120,7 +120,7 @@ def test_a_completion_is_asked_for_no_longer_than_the_context_allows(server):
 def test_samples_come_back_in_order(server):
     server.answer = lambda body: [f"sample {i}" for i in range(body["n"])]
     output, = engine_for(server).generate(["x"], 8, temperature=0.8, top_p=0.95, n=3)
-    assert output.texts == ["sample 0", "sample 1", "sample 2"] and server.requests[0]["seed"] == 42
+    assert output.texts == ["sample 0", "sample 1", "sample 2"] and server.requests[0]["seed"] == prompt_seed(42, "x")
 
 
 def test_cut_off_completions_are_counted_as_such(server):
@@ -376,18 +376,83 @@ def test_benchmarks_that_ask_chat_models_in_other_words():
     assert toxigen.turn(Example("", "", "", {"text": "- a\n-"})) == "Complete the following: - a\n-"
     assert codex.turn(Example("", "", "", {"prompt": "def f():\n"})) == "Complete the following python function. Please only output the code for the completed function.\n\n\ndef f():\n"
     whole = "import math\n\ndef f():\n    return 1\n"
-    assert codex.extract(whole) == whole and (codex.stop(True), toxigen.stop(True), tydiqa.stop(True), mgsm.stop(True)) == ([], [], ["\n"], [])
-    codex.as_turn = False
+    assert codex.extract(whole) == whole and (codex.stop(True), toxigen.stop(True), tydiqa.stop(True), mgsm.stop(True)) == ([], [], [], [])
+    assert [tydiqa.extract(text) for text in ("\n\n Nairobi\nIt is a town.", "Nairobi\n", "")] == ["Nairobi", "Nairobi", ""], "stripped first, then the first line"
+    codex.as_turn = tydiqa.as_turn = False
+    assert tydiqa.stop() == ["\n"] and tydiqa.stop(True) == [] and tydiqa.extract(" a\nb ") == "a\nb"
     assert codex.extract(whole) == "import math\n"
 
 
 def test_an_outage_stores_nothing_and_the_same_command_continues(server, sources, tmp_path):
     engine = engine_for(server, concurrency=1)
     server.plan = [None, None, None, *["no json"] * 18]
-    with pytest.raises(EngineError, match="every request of examples 3 to 5 failed"): evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
+    with pytest.raises(EngineError, match="gsm-direct: 3 requests failed one after the other; the first: engine: 6 attempts"): evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
     assert len(read_predictions(tmp_path / "p" / "gsm-direct.jsonl")) == 3
     report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
     assert (report.kept, report.made) == (3, 5)
+
+
+def test_answers_are_handed_over_as_they_come(server):
+    "A slow answer holds up no other."
+    release = threading.Event()
+    server.answer = lambda body: [release.wait(10) and "late"] if body["prompt"] == "slow" else ["soon"]
+    engine = engine_for(server, concurrency=2, timeout=30.0)
+    answers = engine.stream([Request(prompt, Decoding(8)) for prompt in ["slow", *"abcdefgh"]])
+    first = [next(answers) for _ in range(8)]
+    release.set()
+    assert sorted(at for at, _ in first) == list(range(1, 9)) and all(output.texts == ["soon"] for _, output in first)
+    assert [(at, output.texts) for at, output in answers] == [(0, ["late"])]
+
+
+def test_what_was_answered_before_a_refusal_is_stored(server, sources, tmp_path):
+    "It was paid for."
+    def run(): return evaluate(MODEL, BENCHMARKS, None, tmp_path / "p", tmp_path / "s", sources, engine_for(server, concurrency=2))
+    server.plan = [None] * 5 + [(401, "no")]
+    server.delay = 0.05
+    with pytest.raises(EngineError, match="refuses the key"): run()
+    stored = len(read_predictions(tmp_path / "p" / "gsm-direct.jsonl"))
+    assert 5 <= stored <= 6 and len(server.requests) <= 8
+    server.plan, server.delay = [], 0
+    before = len(server.requests)
+    report = run()
+    assert (report.kept, report.made) == (stored, 12 - stored) and len(server.requests) == before + 12 - stored
+
+
+def test_kill_in_the_middle_pays_for_nothing_twice(server, sources, tmp_path):
+    "Kill -9 while requests are under way; what was stored is never asked again, and the end is that of an undisturbed run."
+    import os, signal, subprocess, sys
+    server.delay, server.answer = 0.2, lambda body: [" B" if body["max_tokens"] == 1 else "1 and 2 make 3"]
+    script = """
+import sys
+from tulu_study.evaluation.standalone import evaluate_any
+url, out, sources = sys.argv[1:]
+evaluate_any(url, {"gsm": {"settings": ["direct"], "n": "all"}, "mmlu": {"settings": ["0shot"], "n": "all"}}, out, served="served", source_root=sources, chat=False)
+"""
+    def start(out): return subprocess.Popen([sys.executable, "-c", script, server.url, str(out), str(sources)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
+    process, file = start(tmp_path / "cut"), tmp_path / "cut" / "predictions" / "gsm-direct.jsonl"
+    deadline = time.time() + 90
+    while not (file.is_file() and file.read_bytes().count(b"\n") >= 4): assert process.poll() is None and time.time() < deadline, process.stderr.read(); time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # the last answers go nowhere
+    stored, asked = {row["example_id"] for row in read_predictions(file)}, len(server.requests)
+    assert 4 <= len(stored) < 12
+    server.delay = 0
+    assert start(tmp_path / "cut").wait(90) == 0 and len(server.requests) == asked + 12 - len(stored)
+    assert start(tmp_path / "whole").wait(90) == 0
+    for part in ("predictions", "scores"):
+        cut, whole = ({path.name: path.read_bytes() for path in (tmp_path / folder / part).iterdir()} for folder in ("cut", "whole"))
+        assert cut == whole
+
+
+def test_what_cannot_be_asked_is_refused_before_anything_is(server, sources, tmp_path):
+    "TruthfulQA by choice needs log-probabilities of whole answers: said at once, not after the other benchmarks were paid for."
+    from tulu_study.evaluation.standalone import evaluate_any
+    write_atomic(sources / "truthfulqa" / "TruthfulQA.csv", "Category,Question,Best Answer,Correct Answers,Incorrect Answers\nMisc,Does it?,No,No,Yes\n")
+    wanted = BENCHMARKS | {"truthfulqa": {"settings": ["mc"]}}
+    with pytest.raises(EngineError, match="gives no log-probabilities of whole completions.*leave that setting out"): evaluate(MODEL, wanted, None, tmp_path / "p", tmp_path / "s", sources, engine_for(server))
+    with pytest.raises(EngineError, match="leave that setting out"): evaluate_any(server.url, wanted, tmp_path / "any", served="served", source_root=sources, say=lambda line: pytest.fail(line))
+    assert not server.requests and not (tmp_path / "p").exists() and not (tmp_path / "any").exists()
 
 
 def test_one_refusal_stops_the_others_in_their_retries(server):

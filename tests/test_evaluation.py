@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from helpers import MadeUpEngine
 
 from tulu_study.core.files import write_atomic, write_jsonl
 from tulu_study.evaluation import engines
@@ -100,30 +101,30 @@ def test_second_run_makes_nothing_and_changes_no_byte(whole, checkpoint, sources
 
 
 def test_kill_and_resume_is_byte_identical(whole, checkpoint, sources, tmp_path):
-    "Kill -9 after the second chunk, from another process; the same call then completes."
+    "Kill -9 in the middle of the second chunk, from another process; the same call then does that chunk again and completes."
     script = f"""
 import torch; torch.set_num_threads(1)
 import tulu_study.evaluation.runner as runner
 from pathlib import Path
 from tulu_study.evaluation.gsm import GSM
 GSM.max_new_tokens = 16
-append, seen = runner.append_jsonl, []
-def slow(path, rows):
-    append(path, rows); seen.append(path)
-    if len(seen) == 2: Path({str(tmp_path / 'ready')!r}).touch(); import time; time.sleep(60)
-runner.append_jsonl = slow
+add, seen = runner.Growing.add, []
+def slow(file, row):
+    add(file, row); seen.append(row)
+    if len(seen) == 8: Path({str(tmp_path / 'ready')!r}).touch(); import time; time.sleep(60)
+runner.Growing.add = slow
 runner.evaluate({MODEL!r}, {BENCHMARKS!r}, {str(checkpoint)!r}, {str(tmp_path / 'predictions')!r}, {str(tmp_path / 'scores')!r}, {str(sources)!r}, **{OPTIONS!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     deadline = time.time() + 90
     while not (tmp_path / "ready").exists():
-        assert process.poll() is None and time.time() < deadline, "the first run ended or hung before its second chunk"
+        assert process.poll() is None and time.time() < deadline, "the first run ended or hung in its second chunk"
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(read_predictions(tmp_path / "predictions" / "gsm-direct.jsonl")) == 10 and not (tmp_path / "scores").exists()
+    assert len(read_predictions(tmp_path / "predictions" / "gsm-direct.jsonl")) == 8 and not (tmp_path / "scores").exists()
     report = evaluate(MODEL, BENCHMARKS, checkpoint, tmp_path / "predictions", tmp_path / "scores", sources, **OPTIONS)
-    assert report.kept == 10
+    assert report.kept == 5
     assert files(tmp_path / "predictions") == files(whole[0] / "predictions") and files(tmp_path / "scores") == files(whole[0] / "scores")
 
 
@@ -192,7 +193,7 @@ class Broken(engines.Engine):
     "Fails on prompts that contain a word, or on everything."
     name = "broken"
 
-    def run_generate(self, ids, decoding):
+    def run_generate(self, ids, decoding, seeds):
         if any("13" in self.tokenizer.decode(row) or self.fail_all for row in ids): raise MemoryError("no room for the cache\nsecond line")
         return [engines.Output(texts=["7"], finish=["stop"], completion_tokens=1) for _ in ids]
 
@@ -207,7 +208,7 @@ def test_an_engine_error_costs_only_its_own_request(checkpoint):
 
 def test_a_chunk_that_fails_as_a_whole_stops_the_run(checkpoint, sources, tmp_path, monkeypatch):
     monkeypatch.setitem(engines.ENGINES, "transformers", type("AllBroken", (Broken,), {"fail_all": True}))
-    with pytest.raises(engines.EngineError, match="every request of examples 0 to 4 failed"):
+    with pytest.raises(engines.EngineError, match="gsm-direct: every request failed; the first: engine: MemoryError"):
         evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path, tmp_path, sources, **OPTIONS)
     assert not (tmp_path / "gsm-direct.jsonl").exists() and not (tmp_path / "gsm-direct.json").exists()
 
@@ -241,6 +242,201 @@ def test_sampling_gives_n_texts_and_repeats(checkpoint):
     assert first == second and len(first[0].texts) == 3 and len(set(first[0].texts)) > 1
 
 
+def test_sampled_text_belongs_to_its_prompt(checkpoint):
+    "No two problems share their noise, the company changes none of it, and what is drawn follows the model's distribution."
+    import torch
+    engine = engines.TransformersEngine(checkpoint)
+    ask = lambda prompts, n=4, tokens=6: engine.generate(prompts, tokens, temperature=0.8, top_p=0.95, n=n)
+    prompts = ["The cat", "The dog ran under the big red tree", "a"]
+    assert ask(prompts) == [ask([prompt])[0] for prompt in prompts] == ask(prompts[::-1])[::-1]
+    assert len({engines.prompt_seed(42, prompt) for prompt in prompts}) == 3 and engines.prompt_seed(42, "a") != engines.prompt_seed(43, "a")
+    rows = engine.complete([engine.encode_one("The cat")] * 500, engines.Decoding(1, temperature=0.5), list(range(500)))
+    likely = (engine.model(torch.tensor([engine.encode_one("The cat")])).logits[0, -1] / 0.5).softmax(-1)
+    best = int(likely.argmax())
+    share, expected = sum(row[0] == best for row in rows) / 500, likely[best].item()
+    assert share == pytest.approx(expected, abs=5 * (expected * (1 - expected) / 500) ** 0.5 + 1e-6), "five standard errors"
+    assert 0.02 < expected < 0.98, "the test would say nothing"
+
+
+def test_batches_hold_no_more_sequences_and_tokens_than_they_may(checkpoint, monkeypatch):
+    "Each sample is a sequence, and what may be generated takes room too."
+    engine, held = engines.TransformersEngine(checkpoint), []
+    generate = engine.model.generate
+    monkeypatch.setattr(engine.model, "generate", lambda **given: held.append((given["input_ids"].shape, given["generation_config"].max_new_tokens)) or generate(**given))
+    outputs = engine.generate(["The cat", "a", "the dog"], 4, temperature=0.8, n=20)
+    assert [len(output.texts) for output in outputs] == [20] * 3 and [shape[0] for shape, _ in held] == [20] * 3
+    held.clear()
+    monkeypatch.setattr(engine, "max_batch", 8)
+    engine.generate(["The cat"], 4, temperature=0.8, n=20)
+    assert [shape[0] for shape, _ in held] == [8, 8, 4]
+    held.clear()
+    monkeypatch.setattr(engine, "batch_tokens", 100)
+    engine.generate(["The cat sat on the mat"] * 9, 20)
+    engine.generate(["The cat sat on the mat"], 20, temperature=0.8, n=9)
+    assert len(held) > 4 and all(rows * (width + new) <= 100 for (rows, width), new in held)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_vllm_captures_graphs_where_there_is_a_gpu(there, checkpoint, monkeypatch):
+    "And asks every prompt with noise of its own. vLLM itself is made up here."
+    import types
+    import torch
+    import torch._dynamo
+    asked = []
+    class LLM:
+        def __init__(self, **options):
+            asked.append(options)
+            self.llm_engine = types.SimpleNamespace(vllm_config=types.SimpleNamespace(scheduler_config=types.SimpleNamespace(max_num_seqs=4)))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", types.SimpleNamespace(RequestOutputKind=types.SimpleNamespace(FINAL_ONLY="whole")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with torch._dynamo.config.patch(disable=False):
+        engine = engines.VLLMEngine(checkpoint)
+        assert asked[0]["enforce_eager"] is not there and torch._dynamo.config.disable is not there and asked[0]["enable_prefix_caching"]
+    requests = [engines.Request(prompt, engines.Decoding(5, temperature=0.8, n=3)) for prompt in ("one", "two")]
+    first, second = (engine.sampling(piece) for piece in engine.pieces(requests, [], {}))
+    assert first["seed"] == engines.prompt_seed(42, "one") != second["seed"] and first["n"] == 3
+
+
+@pytest.mark.parametrize("bos, model_type, wanted", [("<s>", "llama", None), ("</s>", "opt", None), ("<s>", "phi3", "missing"), ("<|endoftext|>", "gpt_neox", "none"), ("<|im_start|>", "llama", "none")])
+def test_a_family_that_always_saw_a_bos_is_not_asked_without(bos, model_type, wanted):
+    class Tokenizer:
+        bos_token, bos_token_id = bos, 7
+        def __call__(self, text): return {"input_ids": [9]}
+    if wanted: assert engines.leading_bos(Tokenizer(), model_type, "x") == wanted
+    else:
+        with pytest.raises(engines.EngineError, match="puts no BOS token in front of a prompt, but has '.*add_bos_token"): engines.leading_bos(Tokenizer(), model_type, "x")
+    Tokenizer.__call__ = lambda self, text: {"input_ids": [7, 9]}
+    assert engines.leading_bos(Tokenizer(), model_type, "x") == "one"
+
+
+def test_a_llama_that_has_lost_its_bos_is_refused_before_anything_is_asked(checkpoint, sources, tmp_path):
+    import shutil
+    folder = shutil.copytree(checkpoint, tmp_path / "lost")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    write_atomic(folder / "tokenizer.json", json.dumps(tokenizer))
+    with pytest.raises(engines.EngineError, match="LLaMA family"): evaluate(MODEL, BENCHMARKS, folder, tmp_path / "p", tmp_path / "s", sources, **OPTIONS)
+    with pytest.raises(engines.EngineError, match="LLaMA family"): engines.TransformersEngine(folder)
+    assert not (tmp_path / "p").exists()
+
+
+# ---- example by example
+
+class Noted(MadeUpEngine):
+    "Answers at once, the last request first; notes what it was asked."
+    asked, resets, released = [], 0, 0
+
+    def reset(self): Noted.resets += 1
+    def release(self): Noted.released += 1
+
+    def stream(self, requests):
+        Noted.asked.append(requests)
+        for at in reversed(range(len(requests))):
+            yield at, engines.Output(texts=["3"], finish=["stop"], completion_tokens=1) if requests[at].decoding else engines.Output(logprobs=[-1.0, -2.0, -3.0, -4.0], completion_tokens=1)
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    monkeypatch.setitem(engines.ENGINES, "transformers", Noted)
+    monkeypatch.setattr(Noted, "asked", [])
+    monkeypatch.setattr(Noted, "resets", 0)
+    monkeypatch.setattr(Noted, "released", 0)
+    monkeypatch.setattr("tulu_study.evaluation.mmlu.MMLU.option_ids", lambda self, tokenizer: [1, 2, 3, 4])
+    return Noted
+
+
+def test_all_benchmarks_go_through_one_queue(noted, checkpoint, sources, tmp_path):
+    "No barrier between chunks and benchmarks, the cache kept, prompts with the same beginning one after the other; the files in the examples' order all the same."
+    def run(folder, **options): return evaluate(MODEL, BENCHMARKS, checkpoint, folder / "predictions", folder / "scores", sources, **OPTIONS | options)
+    run(tmp_path / "example", resume="example")
+    requests, = noted.asked
+    assert len(requests) == 18 and noted.resets == 0 and [request.kind for request in requests] == ["generate"] * 12 + ["options"] * 6
+    prompts = [request.prompt for request in requests]
+    assert prompts[:12] == sorted(prompts[:12]) and prompts[12:] == sorted(prompts[12:])
+    noted.asked.clear()
+    run(tmp_path / "chunk")
+    assert [len(asked) for asked in noted.asked] == [5, 5, 2, 5, 1] and noted.resets == 5
+    example, chunk = (files(tmp_path / mode / "predictions") for mode in ("example", "chunk"))
+    for name in ("gsm-direct.jsonl", "mmlu-0shot.jsonl"):
+        name = next(path for path in chunk if path.name == name)
+        assert example[name] == chunk[name]
+    with pytest.raises(ValueError, match="expected chunk or example"): run(tmp_path, resume="both")
+
+
+def test_chunks_and_threads_matter_only_where_chunks_keep_company(noted, checkpoint, sources, tmp_path, monkeypatch):
+    def run(**options): return evaluate(MODEL, BENCHMARKS, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS | options)
+    run(resume="example")
+    monkeypatch.setenv("TULU_THREADS", "7")
+    assert (again := run(resume="example", chunk_size=3)).made == 0 and again.kept == 18
+    with pytest.warns(UserWarning, match="made with another chunk_size, threads; they are kept as gsm-direct"): assert run().made == 18
+    with pytest.warns(UserWarning, match="made with another chunk_size; they"): assert run(chunk_size=3).made == 18
+
+
+def test_predictions_of_another_setting_are_put_aside_and_come_back(noted, checkpoint, sources, tmp_path):
+    "They may have been paid for."
+    def run(n=12, **options): return evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": n}}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS | {"resume": "example"} | options)
+    run()
+    write_atomic(tmp_path / "p" / "gsm-direct.checks.jsonl", "{}\n")
+    before = files(tmp_path / "p")
+    with pytest.warns(UserWarning, match=r"made with another dtype; they are kept as gsm-direct\.[0-9a-f]{8}\.old\.jsonl, and come back"): assert run(dtype="bfloat16").made == 12
+    old, = (tmp_path / "p").glob("*.old.jsonl")
+    assert old.read_bytes() == before[next(path for path in before if path.name == "gsm-direct.jsonl")] and not (tmp_path / "p" / "gsm-direct.checks.jsonl").exists()
+    with pytest.warns(UserWarning, match="another dtype"): assert (back := run()).made == 0 and back.kept == 12
+    assert {name: content for name, content in files(tmp_path / "p").items() if ".old" not in name.name} == before
+
+
+def test_examples_that_are_not_asked_for_this_time_are_kept(noted, checkpoint, sources, tmp_path):
+    def run(n): return evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": n}}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS | {"resume": "example"})
+    assert run("all").made == 30
+    whole = (tmp_path / "p" / "gsm-direct.jsonl").read_bytes()
+    fewer = run(6)
+    assert (fewer.made, fewer.scores[0]["n_examples"]) == (0, 6) and len(read_predictions(tmp_path / "p" / "gsm-direct.jsonl")) == 6
+    assert run("all").made == 0 and (tmp_path / "p" / "gsm-direct.jsonl").read_bytes() == whole and not list((tmp_path / "p").glob("*.old.jsonl"))
+
+
+def test_the_engine_is_gone_before_a_judge_is_asked(noted, checkpoint, sources, tmp_path, monkeypatch):
+    "Both want the GPU."
+    from tulu_study.evaluation.gsm import GSM
+    seen = []
+    monkeypatch.setattr(GSM, "finish", lambda self, rows, store: seen.append((noted.released, len(rows))) or rows)
+    evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS)
+    assert seen == [(1, 12)]
+    engine = engines.TransformersEngine(checkpoint)
+    engine.release()
+    assert engine.model is None and engine.generate(["a"], 2)[0].error.startswith("engine: ")
+
+
+def test_kill_in_the_middle_repeats_no_finished_example(checkpoint, sources, tmp_path):
+    "Kill -9 at the seventh prediction; the same command asks for the other eleven and nothing else, and ends with the same scores."
+    script = f"""
+import torch; torch.set_num_threads(1)
+import tulu_study.evaluation.runner as runner, sys, os, signal
+from tulu_study.evaluation.gsm import GSM
+GSM.max_new_tokens = 16
+add, seen = runner.Growing.add, []
+def counted(file, row):
+    add(file, row); seen.append(row["example_id"])
+    if sys.argv[2] == "kill" and len(seen) == 7: os.kill(os.getpid(), signal.SIGKILL)
+runner.Growing.add = counted
+runner.evaluate({MODEL!r}, {BENCHMARKS!r}, {str(checkpoint)!r}, sys.argv[1] + "/predictions", sys.argv[1] + "/scores", {str(sources)!r}, **{OPTIONS!r} | dict(resume="example"))
+print("MADE", *seen)
+"""
+    def run(folder, how): return subprocess.run([sys.executable, "-c", script, str(tmp_path / folder), how], capture_output=True, text=True, timeout=120)
+    assert run("cut", "kill").returncode == -signal.SIGKILL
+    there = {row["example_id"] for row in read_predictions(tmp_path / "cut" / "predictions" / "gsm-direct.jsonl")}
+    assert len(there) == 7
+    made = run("cut", "on").stdout.split("MADE")[1].split()
+    assert len(made) == 11 and not there & set(made[:5])
+    assert run("whole", "on").returncode == 0
+    scores = [[json.loads(content) for content in files(tmp_path / folder / "scores").values()] for folder in ("cut", "whole")]
+    assert scores[0] == scores[1]
+    for name in ("gsm-direct", "mmlu-0shot"):
+        rows = [read_predictions(tmp_path / folder / "predictions" / f"{name}.jsonl") for folder in ("cut", "whole")]
+        assert [(row["example_id"], row["completions"], row["answer"]) for row in rows[0]] == [(row["example_id"], row["completions"], row["answer"]) for row in rows[1]]
+
+
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(engines.EngineError, match="holds no config.json"): engines.TransformersEngine(tmp_path)
     with pytest.raises(FileNotFoundError, match="found nothing"): checkpoint_hash(tmp_path)
@@ -248,7 +444,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 
 
 AGREE = """
-import json, sys
+import json, sys, weakref
 from tulu_study.evaluation.engines import TransformersEngine, VLLMEngine
 checkpoint, stop = sys.argv[1], sys.argv[2]
 prompts = ["The cat sat", "the big red dog ran under the tree and", "a", "it was " * 30, "cat " * 2000]
@@ -261,6 +457,9 @@ for cls in (VLLMEngine, TransformersEngine):
         runs.append([[vars(o) for o in engine.generate(prompts, 24)], [vars(o) for o in engine.generate(prompts, 24, stop=[stop])], [vars(o) for o in engine.option_scores(prompts, [66, 67, 68, 69])],
                      [vars(o) for o in engine.completion_scores(prompts, [["on the mat.", "under a happy tree"]] * 5)]])
     found[engine.name + " sampled"] = [o.texts for o in engine.generate(prompts[:2], 8, temperature=0.8, n=3)]
+    model = weakref.ref(engine.model if engine.name == "transformers" else engine.llm.apply_model(lambda model: model)[0])
+    engine.release()
+    found[engine.name + " gone"] = model() is None
 print("FOUND" + json.dumps(found))
 """
 
@@ -280,3 +479,4 @@ def test_engines_agree(checkpoint):
     for ours, theirs in zip(options[:4], options_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
     for ours, theirs in zip(whole[:4], whole_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-2) and ours["completion_tokens"] == theirs["completion_tokens"]
     assert whole[4]["error"] == whole_ref[4]["error"] and options[4]["error"] == options_ref[4]["error"] and all(len(row) == 3 for row in found["vllm sampled"])
+    assert found["vllm gone"] and found["transformers gone"], "a released engine still holds its model"

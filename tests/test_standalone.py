@@ -21,7 +21,7 @@ def test_which_benchmarks():
 
 
 def test_a_folder(checkpoint, sources, tmp_path):  # noqa: F811
-    options = {"engine": "transformers", "dtype": "float32", "max_length": 448, "source_root": sources, "chunk_size": 4}
+    options = {"engine": "transformers", "dtype": "float32", "max_length": 448, "source_root": sources}
     report = evaluate_any(str(checkpoint), WANTED, tmp_path, **options)
     assert (report.made, report.kept, len(report.scores), report.scores[0]["chat"]) == (8, 0, 2, False)
     results_file, = tmp_path.glob("results_*.json")
@@ -39,6 +39,16 @@ def test_a_folder(checkpoint, sources, tmp_path):  # noqa: F811
     config = found["configs"]["tulu_gsm_direct"]
     assert config["output_type"] == "generate_until" and config["generation_kwargs"]["max_gen_toks"] == 16 and not config["generation_kwargs"]["do_sample"]
     assert found["config"]["model"] == "transformers" and found["config"]["model_args"].startswith("pretrained=") and found["config"]["limit"] is None and found["config"]["limits"] == {"gsm": {"n": 4}, "mmlu": {"per_group": 2}}
+
+
+def test_the_folder_is_named_after_what_changes_every_prompt(checkpoint, sources, tmp_path, monkeypatch):  # noqa: F811
+    "Asking once more in another protocol or form costs the earlier answers nothing."
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    options = {"engine": "transformers", "max_length": 448, "source_root": sources}
+    folders = [evaluate_any(str(checkpoint), {"mmlu": WANTED["mmlu"]}, **options | more).folder for more in ({}, {"chat": True}, {"protocol": "fixed"})]
+    assert [folder.relative_to(tmp_path / "evaluation").as_posix().removeprefix(checkpoint.name) for folder in folders] == ["-paper-plain", "-paper-chat", "-fixed-plain"]
+    assert all((folder / "predictions" / "mmlu-0shot.jsonl").is_file() for folder in folders)
+    assert evaluate_any(str(checkpoint), {"mmlu": WANTED["mmlu"]}, **options).made == 0
 
 
 def test_chat_format_follows_the_template(checkpoint, tmp_path):  # noqa: F811

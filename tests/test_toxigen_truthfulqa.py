@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from helpers import MadeUpEngine
 
 from tulu_study.core.files import write_atomic, write_jsonl
 from tulu_study.core.params import benchmarks
@@ -71,10 +72,8 @@ def engine(monkeypatch):
     "An engine that answers from a table; its last prompt of every chunk of four is too long."
     asked = []
 
-    class MadeUp:
-        tokenizer, answers = None, ["they smile", "they grumble"]
-        def __init__(self, checkpoint, **options): pass
-        def reset(self): pass
+    class MadeUp(MadeUpEngine):
+        answers = ["they smile", "they grumble"]
 
         def generate(self, prompts, max_new_tokens, stop, temperature, top_p, top_k, n):
             asked.append({"prompts": prompts, "max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature, "n": n})
@@ -167,7 +166,7 @@ def test_torn_ratings_are_named_before_anything_is_generated(sources):
 def test_results_in_the_harness_layout_name_the_stand_in(checkpoint, sources, engine, tmp_path):
     from tulu_study.evaluation.standalone import evaluate_any
     wanted = {"toxigen": {"settings": ["default"]}, "truthfulqa": {"settings": ["mc", "generation"]}}
-    evaluate_any(str(checkpoint), wanted, tmp_path, engine="transformers", chunk_size=4, source_root=sources)
+    evaluate_any(str(checkpoint), wanted, tmp_path, engine="transformers", source_root=sources)
     results, = tmp_path.glob("results_*.json")
     found = json.loads(results.read_text(encoding="utf-8"))
     assert any(note.startswith("toxigen: toxicity stand-in, held-out AUC") for note in found["notes"]) and any(note.startswith("truthfulqa: truth and info stand-ins") for note in found["notes"])

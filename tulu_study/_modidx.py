@@ -879,6 +879,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'tulu_study/evaluation/tydiqa.py'),
                                               'tulu_study.evaluation.tydiqa.TydiQA.dropped_shots': ( 'evaluation/tydiqa.html#tydiqa.dropped_shots',
                                                                                                      'tulu_study/evaluation/tydiqa.py'),
+                                              'tulu_study.evaluation.tydiqa.TydiQA.extract': ( 'evaluation/tydiqa.html#tydiqa.extract',
+                                                                                               'tulu_study/evaluation/tydiqa.py'),
                                               'tulu_study.evaluation.tydiqa.TydiQA.load': ( 'evaluation/tydiqa.html#tydiqa.load',
                                                                                             'tulu_study/evaluation/tydiqa.py'),
                                               'tulu_study.evaluation.tydiqa.TydiQA.passage': ( 'evaluation/tydiqa.html#tydiqa.passage',

@@ -246,7 +246,7 @@ def _aligned(
 def evaluate(
     model: str = "",                # folder, hub repository ("owner/name@revision"), key of params/models.yaml, or address of a server ("http://host:8000/v1")
     benchmarks: str = "gsm,mmlu",   # e.g. "gsm,mmlu:5shot,bbh:cot+direct"
-    into: str = "",                 # folder for predictions, scores and the results file, empty = evaluation/<model> below the results root
+    into: str = "",                 # folder for predictions, scores and the results file, empty = evaluation/<model>-<protocol>-<chat or plain> below the results root
     n: int = 0,                     # examples of each benchmark, 0 = the paper's sample
     per_group: int = 0,             # examples of each subject, task or language, 0 = the paper's sample
     chat: str = "auto",             # Tülu chat format: yes, no, auto = where the tokenizer has a chat template
@@ -262,16 +262,14 @@ def evaluate(
     from tulu_study.evaluation.standalone import evaluate_any
     if not model: raise CellError("Name a model: a Hugging Face folder, a hub repository, a key of params/models.yaml, or the address of a server. `tulu-study evaluate --help` says more.")
     if chat not in ("auto", "yes", "no"): raise CellError(f"--chat is {chat!r}; expected yes, no or auto.")
-    name = Path(model).name if Path(model).exists() else "".join(c if c.isalnum() or c in "._-" else "-" for c in model)
-    out = Path(into) if into else settings().results/"evaluation"/name
-    report = evaluate_any(model, benchmarks, out, n=n or None, per_group=per_group or None, chat={"auto": None, "yes": True, "no": False}[chat], engine=engine, dtype=dtype, protocol=protocol,
+    report = evaluate_any(model, benchmarks, into or None, n=n or None, per_group=per_group or None, chat={"auto": None, "yes": True, "no": False}[chat], engine=engine, dtype=dtype, protocol=protocol,
                           served=served, api=api, recording=recording, max_dollars=max_dollars or None)
     value = lambda score: "–" if score["value"] is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
     print(_table([[s["benchmark"], s["setting_name"], value(s), "–" if s["detectable"] is None else f"{s['detectable']:.1f}", str(s["n"]), str(s["n_errors"]), s["stand_in"]["words"] if s.get("stand_in") else "–"] for s in report.scores], ["benchmark", "setting", "percent, 95 %", "detectable", "n", "failed", "stand-in judge"]))
     print("\ndetectable: the smallest true difference to a model that fails independently, in points, found 4 times in 5; `tulu-study compare` measures it for two models on the same questions")
     for s in report.scores:
         if s["n_errors"]: print(f"{s['benchmark']} {s['setting_name']}: {s['n_errors']} of {s['n_examples']} failed ({'; '.join(s['errors'])}); each is in its predictions file")
-    print(f"\n{report.made} predictions made, {report.kept} kept from before; everything is in {os.path.relpath(out)}")
+    print(f"\n{report.made} predictions made, {report.kept} kept from before; everything is in {os.path.relpath(report.folder)}")
 
 
 @call_parse(pos=["first", "second"])

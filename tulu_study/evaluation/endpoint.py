@@ -23,13 +23,13 @@ import random
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from tulu_study.core.files import append_jsonl, hash_json
 from tulu_study.core.params import Endpoint
-from tulu_study.evaluation.engines import UNBOUNDED, Decoding, Engine, EngineError, Output, cut_at_stop, describe
+from tulu_study.evaluation.engines import UNBOUNDED, Engine, EngineError, Output, cut_at_stop, describe, prompt_seed
 
 __all__ = ["EndpointEngine", "EstimatedTokens", "Recording", "Pace", "NOT_LISTED"]
 
@@ -111,6 +111,7 @@ class Recording:
 class EndpointEngine(Engine):
     "Asks a model that others run."
     name = "endpoint"
+    kinds = ("generate", "options")
     attempts = 6  # times that a request is sent before it counts as failed
     first_wait, longest_wait = 1.0, 120.0  # seconds: doubled from one to the other; a Retry-After beyond the longest wait ends the attempts
 
@@ -163,47 +164,52 @@ class EndpointEngine(Engine):
 
     # ---- the contract
 
-    def generate(self, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, top_k=0, n=1) -> list:
-        "Complete each prompt; see `Engine.generate`. `top_k` cannot be asked for in this protocol: a server that has it takes it from the record's options."
-        if top_k: raise EngineError(f"top_k={top_k} is no part of the protocol; put it into the record's options where the server knows it")
-        decoding = Decoding(max_new_tokens, tuple(stop), temperature, top_p, top_k, n)
-        return self.each(prompts, lambda prompt: self.complete(prompt, decoding))
-
-    def option_scores(self, prompts, option_token_ids) -> list:
-        "Log-probabilities of the options where the server lists them, else `texts` with the first letter of one generated token."
-        options = [self.tokenizer.decode([token]).strip() for token in option_token_ids]
-        return self.each(prompts, lambda prompt: self.choose(prompt, options))
-
-    def each(self, prompts, work) -> list:
-        "Outputs of all prompts in order, a bounded number at a time; what fails is an error of its own prompt."
-        def one(prompt):
-            size = self.count(prompt)
-            if self.exact_count and size >= self.max_length:
-                return Output(prompt_tokens=size, error=f"prompt too long: {size} tokens, the model takes {self.max_length} with one new token")
-            try: return work(prompt)
-            except Failed as error: return Output(prompt_tokens=size, error=str(error))
-            except EngineError:
-                self.given_up.set()  # the others shall not go on asking what has no answer
-                raise
+    def stream(self, requests):
+        """Yield (position, Output) as answers come, a bounded number of requests at a time; what fails is an error of its own request. Before an EngineError,
+        and before a caller that stops listening is let go, whoever is still waiting for an answer gives up asking; answers that do come are handed over first."""
+        for kind in dict.fromkeys(request.kind for request in requests): self.require(kind)
+        if top_k := next((request.decoding.top_k for request in requests if request.decoding and request.decoding.top_k), 0):
+            raise EngineError(f"top_k={top_k} is no part of the protocol; put it into the record's options where the server knows it")
         self.given_up.clear()
-        pool = ThreadPoolExecutor(max(1, min(self.record.concurrency, len(prompts))))
-        try: return list(pool.map(one, prompts))
-        except BaseException:
+        pool, rest, asked, fatal = ThreadPoolExecutor(max(1, self.record.concurrency)), iter(enumerate(requests)), {}, None
+        try:
+            while True:
+                while fatal is None and len(asked) < 2 * self.record.concurrency and (following := next(rest, None)): asked[pool.submit(self.one, following[1])] = following[0]
+                if not asked: break
+                for done in wait(asked, return_when=FIRST_COMPLETED).done:
+                    at = asked.pop(done)
+                    if fatal is not None and done.cancelled(): continue
+                    try: answered = done.result()
+                    except EngineError as error: fatal = fatal or error
+                    else:
+                        if fatal is None or answered.error is None: yield at, answered  # errors of those who gave up are not theirs
+                if fatal is not None:
+                    self.given_up.set()
+                    for waiting in asked: waiting.cancel()
+            if fatal is not None: raise fatal
+        finally:
             self.given_up.set()
-            raise
-        finally: pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def one(self, request) -> Output:
+        "The answer to one request."
+        size = self.count(request.prompt)
+        if self.exact_count and size >= self.max_length:
+            return Output(prompt_tokens=size, error=f"prompt too long: {size} tokens, the model takes {self.max_length} with one new token")
+        try: return self.complete(request.prompt, request.decoding) if request.decoding else self.choose(request.prompt, [self.tokenizer.decode([token]).strip() for token in request.options])
+        except Failed as error: return Output(prompt_tokens=size, error=str(error))
 
     # ---- one request
 
     def body(self, prompt, max_tokens, stop=(), temperature=0.0, top_p=1.0, n=1) -> dict:
         "The request for one prompt. Four stop strings are sent, as many as the protocol takes; all of them are applied here."
         asked = {"messages": [{"role": "user", "content": prompt}]} if self.record.api == "chat" else {"prompt": prompt}
-        sampling = {"seed": self.seed} if temperature else {}
+        sampling = {"seed": prompt_seed(self.seed, prompt)} if temperature else {}
         return {"model": self.record.model, **asked, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "n": n,
                 **({"stop": list(stop)[:4]} if stop else {}), **sampling, **self.record.options}
 
     def complete(self, prompt, decoding) -> Output:
-        "Text of one prompt."
+        "Text of one prompt; `top_k` cannot be asked for in this protocol."
         size = self.count(prompt) if self.exact_count else int(self.count(prompt) * 1.25) + 16  # an estimate is taken generously: servers refuse what may not fit
         room = max(1, min(decoding.max_new_tokens, self.max_length - size))
         answer = self.answer(self.body(prompt, room, decoding.stop, decoding.temperature, decoding.top_p, decoding.n), prompt)
@@ -217,7 +223,7 @@ class EndpointEngine(Engine):
         return output
 
     def choose(self, prompt, options) -> Output:
-        "Log-probabilities of options, or a letter."
+        "Log-probabilities of options where the server lists them, else `texts` with the first letter of one generated token."
         listing = ({"logprobs": True, "top_logprobs": self.record.logprobs} if self.record.api == "chat" else {"logprobs": self.record.logprobs}) if self.record.logprobs else {}
         answer = self.answer(self.body(prompt, 1) | listing, prompt)
         output = Output(prompt_tokens=answer["prompt_tokens"], completion_tokens=answer["completion_tokens"])

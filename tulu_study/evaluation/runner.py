@@ -1,26 +1,34 @@
 """The runner: one checkpoint, all its benchmarks, one engine start, results that survive a kill.
 
-Requests go out in fixed chunks. A chunk's predictions are appended to the predictions file at once and durably; when the same command runs
-again, whole chunks that are there are kept, a partial chunk is dropped and done again, and the engine's cache is emptied before every chunk.
-A resumed run therefore sends exactly the requests that an uninterrupted run sends, in the same company, and writes the same bytes.
+A prediction is appended to its file as soon as its answer is there, whatever the order; when all are there, the file is put into the order of the
+examples. What an interrupted run left is kept in one of two ways:
+
+* `resume="chunk"` (studies): requests go out in fixed chunks with the engine's cache emptied before each. Whole chunks are kept, a chunk that was not
+  finished is done again. A resumed run therefore sends exactly the requests that an uninterrupted run sends, in the same company, and writes the same bytes.
+* `resume="example"` (`tulu-study evaluate`, and whatever is asked over a network): the requests of all benchmarks go through one queue, those with the same
+  beginning one after the other, and no finished example is ever asked again.
 
 Beside `<benchmark>-<setting>.jsonl` lies `<benchmark>-<setting>.identity.json`: the checkpoint's hash, engine, dtype and everything else that
-changes a completion. When it differs, the predictions are not this run's and are made anew.
+changes a completion. When it differs, the predictions are not this run's: they go to `<benchmark>-<setting>.<hash of their identity>.old.jsonl` and come back
+when that identity does. An example that is not asked for this time goes there too.
 
 What a benchmark needs for scoring (a sandbox, a judge) is asked for before the engine starts (`Benchmark.ready`); what it does after generating
-(`Benchmark.finish`: run code, ask the judge) is kept per completion in `<benchmark>-<setting>.checks.jsonl`, so that a kill costs none of it.
+(`Benchmark.finish`: run code, ask the judge) begins when the engine has given its memory back, and is kept per completion in
+`<benchmark>-<setting>.checks.jsonl`, so that a kill costs none of it.
 """
 import json
+import os
 import time
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tulu_study.core.files import append_jsonl, hash_json, sha256_file, write_atomic, write_jsonl
+from tulu_study.core.files import cut_torn_line, hash_json, sha256_file, write_atomic, write_jsonl
 from tulu_study.core.settings import settings
 from tulu_study.evaluation.benchmark import load_benchmark, prompt_hash, prompts_hash
-from tulu_study.evaluation.engines import ENGINES, Engine, EngineError, choose_engine, installed_version
+from tulu_study.evaluation.engines import ENGINES, Decoding, Engine, EngineError, Request, choose_engine, installed_version, leading_bos
 
 __all__ = ["evaluate", "Report", "Task", "checkpoint_hash", "read_predictions"]
 
@@ -34,6 +42,7 @@ class Report:
     kept: int = 0  # predictions found from an earlier run
     made: int = 0  # predictions made by this call
     available: dict = field(default_factory=dict)  # "<benchmark>-<setting>" -> group -> questions in the test set, sampled or not
+    folder: Path | None = None  # where all of it lies, where that was chosen here
 
 
 def checkpoint_hash(folder: str | Path) -> str:
@@ -46,15 +55,37 @@ def checkpoint_hash(folder: str | Path) -> str:
     return hash_json([[name, sha256_file(folder / name)] for name in names])
 
 
-class Task:
-    "One benchmark in one setting for one checkpoint: its requests, its predictions file, its chunks."
+class Growing:
+    "A JSON-lines file that grows by one row at a time: a kill loses no row, a power failure those of a second."
 
-    def __init__(self, benchmark, options, chat, chunk_size, predictions_dir, max_prompt_tokens=None, as_turn=False):
-        self.benchmark, self.chat, self.chunk_size = benchmark, chat and benchmark.chat_format and not as_turn, chunk_size
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(path)
+        self.file, self.synced = open(path, "a", encoding="utf-8"), time.monotonic()
+
+    def add(self, row: dict):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+        if time.monotonic() - self.synced > 1: self.sync()
+
+    def sync(self):
+        os.fsync(self.file.fileno())
+        self.synced = time.monotonic()
+
+    def close(self):
+        self.sync()
+        self.file.close()
+
+
+class Task:
+    "One benchmark in one setting for one checkpoint: its requests and its predictions file."
+
+    def __init__(self, benchmark, options, chat, chunk_size, predictions_dir, max_prompt_tokens=None, as_turn=False, resume="chunk"):
+        self.benchmark, self.chat, self.chunk_size, self.mode = benchmark, chat and benchmark.chat_format and not as_turn, chunk_size, resume
         benchmark.as_turn = as_turn
         self.name = f"{benchmark.record.key}-{benchmark.setting}"
         self.path = Path(predictions_dir) / f"{self.name}.jsonl"
-        self.store = self.path.with_suffix(".checks.jsonl")
+        self.sidecar, self.store = self.path.with_suffix(".identity.json"), self.path.with_suffix(".checks.jsonl")
         if benchmark.max_prompt_tokens and max_prompt_tokens:
             benchmark.limit_prompts(min(benchmark.max_prompt_tokens, max_prompt_tokens))
         self.examples = benchmark.examples(options.get("n"), options.get("per_group"))
@@ -63,6 +94,7 @@ class Task:
         self.prompts = [benchmark.turn(example) if as_turn else benchmark.prompt(example, self.chat) for example in self.examples]
         self.stop = benchmark.stop(self.chat or as_turn)
         self.hashes = [prompt_hash(prompt) for prompt in self.prompts]
+        self.places = {row_key({"example_id": example.id, "prompt_hash": digest, "target": example.target}): i for i, (example, digest) in enumerate(zip(self.examples, self.hashes))}
         self.dropped = sum(benchmark.dropped_shots(example, self.chat) > 0 for example in self.examples)
 
     def chunks(self):
@@ -70,52 +102,78 @@ class Task:
         return [(at, min(at + self.chunk_size, len(self.examples))) for at in range(0, len(self.examples), self.chunk_size)]
 
     def identity(self, common: dict) -> dict:
-        "Everything besides the prompts that decides a completion."
+        "Everything besides the prompts that decides a completion; where chunks keep company, their size and the threads too."
         b = self.benchmark
         return common | {"benchmark": b.record.key, "setting": b.setting, "version": b.record.version, "protocol": b.protocol, "chat": self.chat,
-                         "chunk_size": self.chunk_size, "kind": b.kind, "max_new_tokens": b.max_new_tokens, "stop": self.stop,
-                         "temperature": b.temperature, "top_p": b.top_p, "n_samples": b.n_samples}
+                         "kind": b.kind, "max_new_tokens": b.max_new_tokens, "stop": self.stop, "temperature": b.temperature, "top_p": b.top_p, "n_samples": b.n_samples} | (
+                         {"chunk_size": self.chunk_size, "threads": settings().threads} if self.mode == "chunk" else {})
 
-    def resume(self, identity: dict) -> int:
-        "Keep the whole chunks that belong to this run, cut off everything else; returns how many chunks are done."
-        sidecar, text = self.path.with_suffix(".identity.json"), json.dumps(identity, indent=1, ensure_ascii=False) + "\n"
-        if not sidecar.is_file() or sidecar.read_text(encoding="utf-8") != text:
-            self.path.unlink(missing_ok=True)
-            self.store.unlink(missing_ok=True)
-            write_atomic(sidecar, text)
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []  # what follows the last newline is torn
-        done, keep = 0, 0
+    # ---- what an earlier run left
+
+    def old(self, identity: dict) -> Path:
+        "Where the predictions of another identity, or of examples that are not asked for, lie."
+        return self.path.with_name(f"{self.name}.{hash_json(identity)[:8]}.old.jsonl")
+
+    def resume(self, identity: dict) -> list:
+        "Keep what belongs to this run, put what does not aside; returns the positions of the examples that are still to be asked."
+        self.put_aside(identity)
+        rows = readable_rows(self.path)
+        kept = self.whole_chunks(rows) if self.mode == "chunk" else self.wanted(rows, self.old(identity))
+        content = "".join(line + "\n" for line in kept.values()).encode()
+        if self.path.is_file() and self.path.read_bytes() != content or content and not self.path.is_file(): write_atomic(self.path, content)
+        return [i for i in range(len(self.examples)) if i not in kept]
+
+    def put_aside(self, identity):
+        "Where the predictions are another identity's, exchange them for those that this identity left."
+        known = json.loads(self.sidecar.read_text(encoding="utf-8")) if self.sidecar.is_file() else None
+        if known == identity: return
+        if self.path.is_file() and self.path.stat().st_size:
+            place = self.old(known or {})
+            if place.is_file(): write_jsonl(place, {row_key(row): row for row in map(json.loads, [*readable_rows(place), *readable_rows(self.path)])}.values())
+            else: os.replace(self.path, place)
+            changed = [name for name in (known or {}).keys() | identity.keys() if (known or {}).get(name) != identity.get(name)]
+            warnings.warn(f"{self.name}: the predictions in {self.path.parent} were made with another {', '.join(sorted(changed))}; they are kept as {place.name}, and come back when the same is asked for again", stacklevel=2)
+            if self.store.is_file(): os.replace(self.store, place.with_suffix(".checks.jsonl"))
+        for path, back in ((self.path, self.old(identity)), (self.store, self.old(identity).with_suffix(".checks.jsonl"))):
+            path.unlink(missing_ok=True)
+            if back.is_file(): os.replace(back, path)
+        write_atomic(self.sidecar, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
+
+    def whole_chunks(self, lines) -> dict:
+        "Position -> line of the chunks that are there as a whole, from the first on; each stands in a part of the file of its own."
+        kept = {}
         for start, end in self.chunks():
-            full = end - start == self.chunk_size or len(lines) <= end  # a longer file was made with another last chunk
-            if not full or not self.match(lines[start:end], start, end): break
-            done, keep = done + 1, end
-        kept = b"".join(line + b"\n" for line in lines[:keep])
-        if self.path.is_file() and self.path.read_bytes() != kept: write_atomic(self.path, kept)
-        return done
+            found = {self.places.get(row_key(json.loads(line))): line for line in lines[start:end]}
+            alone = end - start == self.chunk_size or len(lines) <= end  # a longer file was made with another last chunk
+            if not alone or len(lines[start:end]) != end - start or set(found) != set(range(start, end)): break
+            kept |= {i: found[i] for i in range(start, end)}
+        return kept
 
-    def match(self, lines, start, end) -> bool:
-        "True when these lines are the predictions of examples start..end, their prompts and their gold answers."
-        if len(lines) != end - start: return False
-        for line, example, digest in zip(lines, self.examples[start:end], self.hashes[start:end]):
-            try: row = json.loads(line)
-            except ValueError: return False
-            if (row.get("example_id"), row.get("prompt_hash"), row.get("target")) != (example.id, digest, example.target): return False
-        return True
+    def wanted(self, lines, pool: Path) -> dict:
+        "Position -> line of every example that was answered before; what is not asked for goes to the pool, and nothing is in neither place at any time."
+        there = readable_rows(pool)
+        found = {row_key(json.loads(line)): line for line in [*there, *lines]}
+        kept = {self.places[key]: line for key, line in found.items() if key in self.places}
+        rest = [line for key, line in found.items() if key not in self.places]
+        if rest == there: return kept
+        write_atomic(pool, "".join(line + "\n" for line in found.values()))
+        write_atomic(self.path, "".join(kept[i] + "\n" for i in kept))
+        if rest: write_atomic(pool, "".join(line + "\n" for line in rest))
+        else: pool.unlink()
+        return kept
 
-    def predict(self, engine, start, end) -> list:
-        "Send one chunk; returns its prediction rows."
-        b, prompts = self.benchmark, self.prompts[start:end]
-        if b.kind == "options": outputs = engine.option_scores(prompts, b.option_ids(engine.tokenizer))
-        elif b.kind == "completions": outputs = engine.completion_scores(prompts, [b.completions(example) for example in self.examples[start:end]])
-        else: outputs = engine.generate(prompts, b.max_new_tokens, self.stop, b.temperature, b.top_p, 0, b.n_samples)
-        failed = [output.error for output in outputs if output.error and output.error.startswith("engine:")]
-        if failed and len(failed) == len(outputs):
-            raise EngineError(f"{self.name}: every request of examples {start} to {end - 1} failed; the first: {failed[0]}. Nothing of this chunk was stored; the same command continues here")
-        return [self.row(example, digest, output) for example, digest, output in zip(self.examples[start:end], self.hashes[start:end], outputs)]
+    # ---- what is asked
 
-    def row(self, example, digest, output) -> dict:
+    def request(self, i: int, engine) -> Request:
+        "What the engine is asked about one example."
+        b = self.benchmark
+        if b.kind == "options": return Request(self.prompts[i], options=tuple(b.option_ids(engine.tokenizer)))
+        if b.kind == "completions": return Request(self.prompts[i], completions=tuple(b.completions(self.examples[i])))
+        return Request(self.prompts[i], Decoding(b.max_new_tokens, tuple(self.stop), b.temperature, b.top_p, 0, b.n_samples))
+
+    def row(self, i: int, output) -> dict:
         "One prediction, in the schema of the predictions file."
-        b, answer = self.benchmark, None
+        b, answer, example, digest = self.benchmark, None, self.examples[i], self.hashes[i]
         if output.error is None:
             if b.kind == "options" and output.logprobs is None: answer = b.extract(output.texts[0])  # an endpoint that lists no log-probabilities
             elif b.kind == "options": output.texts, answer = [], b.choose(output.logprobs)
@@ -127,11 +185,60 @@ class Task:
         return row | {"score": b.score_one(row)}
 
 
+def row_key(row: dict) -> tuple:
+    "What says that a prediction is an example's: its id, its prompt, its gold answer."
+    return row.get("example_id"), row.get("prompt_hash"), json.dumps(row.get("target"), ensure_ascii=False)
+
+
+def readable_rows(path: Path) -> list:
+    "The lines of a predictions file that hold a row; what follows the last newline is torn."
+    if not path.is_file(): return []
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try: text = line.decode()
+        except UnicodeDecodeError: continue
+        try: found += [text] if isinstance(json.loads(text), dict) else []
+        except ValueError: continue
+    return found
+
+
+def run_requests(running, wanted: list, limit: int | None = None, before: int = 0):
+    """Ask about (task, position) pairs and store each answer as it comes; yields the stored rows. An engine that is down is an EngineError, and none of its failures is stored:
+    where nothing succeeds (nor did one of the `before`), or `limit` requests fail one after the other."""
+    files, failed, stored = {}, [], before
+
+    def store(task, row):
+        if task not in files: files[task] = Growing(task.path)
+        files[task].add(row)
+        return row
+
+    answers = running.stream([task.request(i, running) for task, i in wanted])
+    try:
+        for at, output in answers:
+            task, i = wanted[at]
+            row = task.row(i, output)
+            if row["error"] and row["error"].startswith("engine:"):
+                failed.append((task, row))
+                if limit and len(failed) >= limit: break
+                continue
+            for one in [*failed, (task, row)]:
+                stored += 1
+                yield store(*one)
+            failed = []
+        if failed and (not stored or limit and len(failed) >= limit):
+            names = ", ".join(dict.fromkeys(task.name for task, _ in failed))
+            raise EngineError(f"{names}: {'every request failed' if not stored else f'{len(failed)} requests failed one after the other'}; the first: {failed[0][1]['error']}. None of these was stored; the same command continues here")
+        for one in failed: yield store(*one)
+    finally:
+        answers.close()
+        for file in files.values(): file.close()
+
+
 def finished_rows(task: Task) -> list:
-    "The predictions with what the benchmark does after generating; written back where that changed them."
-    rows = read_predictions(task.path)
-    before = json.dumps(rows)
-    rows = task.benchmark.finish(rows, task.store)
+    "The predictions in the examples' order, with what the benchmark does after generating; written back where that changed them."
+    there = read_predictions(task.path)
+    before = json.dumps(there)
+    rows = task.benchmark.finish(sorted(there, key=lambda row: task.places[row_key(row)]), task.store)
     if json.dumps(rows) != before: write_jsonl(task.path, rows)
     return rows
 
@@ -156,7 +263,7 @@ def score_object(task: Task, model: dict, identity: dict, engine_facts: dict) ->
             **value, "n_examples": len(rows), "n_truncated_prompts": task.dropped, "n_unfinished": finish.count("length"),
             "errors": sorted({row["error"].split(":")[0] for row in rows if row["error"]}), **result,
             "max_prompt_tokens": b.max_prompt_tokens, "prompts_sha256": prompts_hash(task.prompts), "engine": identity["engine"], "engine_note": engine_facts["note"],
-            "dtype": identity["dtype"], "seed": identity["seed"], "bos": engine_facts["bos"], "chunk_size": task.chunk_size, "judge": b.judge, "stand_in": b.stand_in}
+            "dtype": identity["dtype"], "seed": identity["seed"], "bos": engine_facts["bos"], "chunk_size": task.chunk_size if task.mode == "chunk" else None, "judge": b.judge, "stand_in": b.stand_in}
 
 
 def evaluate(
@@ -171,45 +278,51 @@ def evaluate(
     chat: bool = False,  # wrap prompts in the Tülu chat format (tuned models)
     protocol: str = "paper",  # "paper" or "fixed"
     seed: int = 42,  # of the engine's sampling; sampling of examples is the benchmark's own
-    chunk_size: int = 64,  # requests sent together
+    chunk_size: int = 64,  # requests sent together; with resume="example", so many failures one after the other end the run
     max_length: int | None = None,  # prompt + completion, tokens; None: the model's own
+    resume: str = "chunk",  # what a restart keeps: whole chunks, to the same bytes ("chunk"), or every finished example ("example", always so for an endpoint)
     timed=None,  # context manager factory that takes a name, e.g. run.timed; None: seconds only in the report
 ) -> Report:
     "Evaluate a checkpoint on benchmarks, continuing where an earlier call stopped. Raises EngineError, SourceError, KeyError, ValueError."
     from tqdm.auto import tqdm
     started = engine if isinstance(engine, Engine) else None
-    report, clock = Report(), {"engine_start": 0.0, "prompts": 0.0, "compute": 0.0}
+    if resume not in ("chunk", "example"): raise ValueError(f"resume is {resume!r}; expected chunk or example")
+    report, clock, mode = Report(), {"engine_start": 0.0, "prompts": 0.0, "compute": 0.0}, "example" if started else resume
 
     def timing(name):
         return _Timer(clock, name, timed(name) if timed else nullcontext())
 
     with timing("prompts"):
-        limit, tokenizer = (started.max_length, started.tokenizer) if started else length_and_tokenizer(checkpoint_dir, max_length)
-        tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2, started.as_turn if started else False)
+        limit, tokenizer, bos = (started.max_length, started.tokenizer, started.bos) if started else checkpoint_facts(checkpoint_dir, max_length)
+        tasks = [Task(load_benchmark(key, setting, protocol, source_root, tokenizer), options, chat, chunk_size, predictions_dir, limit - 2, started.as_turn if started else False, mode)
                  for key, options in benchmarks.items() for setting in options["settings"]]  # room for BOS and one new token
+        for task in tasks if started else (): started.require(task.benchmark.kind)
         for task in tasks:
             task.benchmark.ready()
             report.available[task.name] = dict(Counter(row.group for row in task.benchmark.rows))
     with timing("engine_start"):
         name, note = (started.name, started.note) if started else choose_engine(engine)
         common = started.identity() if started else {"checkpoint": checkpoint_hash(checkpoint_dir), "engine": f"{name} {installed_version(name)}", "dtype": dtype}
-        common |= {"seed": seed, "max_length": limit, "threads": settings().threads}
-    work = []
+        common |= {"seed": seed, "max_length": limit}
+    work = []  # of (task, position), in the lists that are asked one after the other
     for task in tasks:
-        done = task.resume(task.identity(common))
-        report.kept += sum(end - start for start, end in task.chunks()[:done])
-        work += [(task, start, end) for start, end in task.chunks()[done:]]
+        missing = task.resume(task.identity(common))
+        report.kept += len(task.examples) - len(missing)
+        if mode == "chunk": work += [[(task, i) for i in range(start, end)] for start, end in task.chunks() if start in missing]
+        else: work.append([(task, i) for i in sorted(missing, key=lambda i: (task.prompts[i], i))])
+    if mode == "example": work = [sum(work, [])] if any(work) else []
     if work:
         with timing("engine_start"):
             running = started or ENGINES[name](checkpoint_dir, dtype=dtype, seed=seed, max_length=max_length, note=note)
-        with timing("compute"):
-            for task, start, end in tqdm(work, desc=model["model"], unit="chunk"):
-                running.reset()
-                rows = task.predict(running, start, end)
-                append_jsonl(task.path, rows)
-                report.made += len(rows)
-                report.tokens += sum(row["completion_tokens"] for row in rows)
-    facts = {"note": note, "bos": started.bos if started else leading_bos(tokenizer)}
+        with timing("compute"), tqdm(total=sum(map(len, work)), desc=model["model"], unit="example") as bar:
+            for wanted in work:
+                if mode == "chunk": running.reset()
+                for row in run_requests(running, wanted, *((None, 0) if mode == "chunk" else (chunk_size, report.kept))):
+                    report.made += 1
+                    report.tokens += row["completion_tokens"]
+                    bar.update()
+        if not started: running.release()  # a judge may need the room
+    facts = {"note": note, "bos": bos}
     for task in tasks:
         score = score_object(task, model, task.identity(common), facts)
         write_atomic(Path(scores_dir) / f"{task.name}.json", json.dumps(score, indent=1, ensure_ascii=False) + "\n")
@@ -218,17 +331,12 @@ def evaluate(
     return report
 
 
-def length_and_tokenizer(checkpoint_dir, max_length) -> tuple:
-    "The most tokens that a checkpoint takes, prompt and completion together, and its tokenizer, silent about lengths."
+def checkpoint_facts(checkpoint_dir, max_length) -> tuple:
+    "The most tokens that a checkpoint takes, prompt and completion together; its tokenizer, silent about lengths; how many BOS tokens that puts in front of a prompt."
     from transformers import AutoConfig, AutoTokenizer
     config, tokenizer = AutoConfig.from_pretrained(checkpoint_dir), AutoTokenizer.from_pretrained(checkpoint_dir)
     tokenizer.model_max_length = 1 << 40
-    return max_length or getattr(config, "max_position_embeddings", None) or 2048, tokenizer
-
-
-def leading_bos(tokenizer) -> str:
-    "'one' where the tokenizer puts a BOS token in front of every prompt, 'none' where it does not."
-    return "one" if list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id] else "none"
+    return max_length or getattr(config, "max_position_embeddings", None) or 2048, tokenizer, leading_bos(tokenizer, config.model_type, Path(checkpoint_dir).name)
 
 
 class _Timer:

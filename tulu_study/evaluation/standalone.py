@@ -1,9 +1,10 @@
 """One model, any benchmarks, no study: what `tulu-study evaluate MODEL` does.
 
 MODEL is a folder with a Hugging Face checkpoint, a repository on the hub, the key of a record in `params/models.yaml`, or the address of an OpenAI-compatible
-server. The numbers are made by the same runner, benchmarks and engines as a study's, and the same command continues after any interruption.
+server. The numbers are made by the same runner, benchmarks and engines as a study's. The same command continues after any interruption, and asks nothing twice
+that was answered: the requests of all benchmarks go through one queue, and every answer is stored when it comes.
 
-In the output folder: `predictions/` and `scores/` as a study has them, `results_<model>.json` in the layout of lm-evaluation-harness (values between 0 and 1; tasks are
+In the output folder (named after the model, the protocol and whether it is asked in chat format, as each of these changes every prompt or score): `predictions/` and `scores/` as a study has them, `results_<model>.json` in the layout of lm-evaluation-harness (values between 0 and 1; tasks are
 called `tulu_<benchmark>_<setting>`, since prompts and extraction are the paper's and not those of the harness's tasks of similar name), and for an endpoint `cost.json`.
 """
 import json
@@ -16,7 +17,7 @@ from statistics import NormalDist
 from tulu_study.core.files import hash_json, write_atomic
 from tulu_study.core.messages import CHAT_TEMPLATE
 from tulu_study.core.params import Endpoint, Model, benchmarks as benchmark_records, models
-from tulu_study.core.settings import project_root
+from tulu_study.core.settings import project_root, settings
 from tulu_study.evaluation.benchmark import load_benchmark
 from tulu_study.evaluation.endpoint import EndpointEngine
 from tulu_study.evaluation.runner import Report, Task, evaluate, read_predictions
@@ -39,7 +40,7 @@ class Target:
 def evaluate_any(
     model: str,  # folder, hub repository ("owner/name" or "owner/name@revision"), key of params/models.yaml, or address of a server ("http://host:8000/v1")
     benchmarks: str | dict = "gsm,mmlu",  # "gsm,mmlu:5shot,bbh:cot+direct"; or key -> {"settings": […], "n": …, "per_group": …}
-    out_dir: str | Path = "evaluation",  # gets predictions, scores and the results file
+    out_dir: str | Path | None = None,  # gets predictions, scores and the results file; None: evaluation/<model>-<protocol>-<chat or plain> below the results root
     n: int | None = None,  # examples of each benchmark; None: the paper's sample
     per_group: int | None = None,  # examples of each subject, task or language; a benchmark without groups (gsm) refuses it
     chat: bool | None = None,  # Tülu chat format; None: where the tokenizer has a chat template (never for an endpoint)
@@ -53,28 +54,29 @@ def evaluate_any(
     recording: str = "off",  # endpoint: "record" answers, "replay" them without network, or "off"
     max_dollars: float | None = None,  # endpoint: stop before asking where it may cost more
     seed: int = 42,  # of sampled completions
-    chunk_size: int = 64,  # requests sent together
     say=print,  # gets a line about the cost before an endpoint is asked, and one afterwards
 ) -> Report:  # scores as written, seconds, and how many predictions were made and kept
     "Evaluate any model on any benchmarks of the registry. Raises ValueError, KeyError, FileNotFoundError, SourceError, EngineError."
     wanted = parse_benchmarks(benchmarks, n, per_group)
-    target, out = find_model(model, served, api), Path(out_dir)
+    target = find_model(model, served, api)
+    chat = bool(chat) if target.endpoint else speaks_chat(target.folder) if chat is None else chat
+    out = Path(out_dir) if out_dir is not None else settings().results / "evaluation" / f"{target.name}-{protocol}-{'chat' if chat else 'plain'}"
     facts = {"model": target.name, "base_model": target.name, "training_data": "unknown", "size": "unknown"}
-    options = {"protocol": protocol, "seed": seed, "chunk_size": chunk_size, "max_length": max_length}
+    options = {"protocol": protocol, "seed": seed, "max_length": max_length, "resume": "example"}
     if target.endpoint:
         asked = EndpointEngine(target.endpoint, seed, max_length, recording, out / "recording.jsonl" if recording != "off" else None)
-        estimate = price(asked, wanted, bool(chat), protocol, source_root, chunk_size, out)
+        estimate = price(asked, wanted, chat, protocol, source_root, out)
         if not asked.replayed: say(f"{target.name}: at most {estimate['requests']:,} requests, {estimate['prompt_tokens']:,} prompt and {estimate['completion_tokens']:,} completion tokens, {estimate['dollars']:.2f} dollars")
         if max_dollars is not None and not asked.replayed and estimate["dollars"] > max_dollars:
             raise ValueError(f"asking {target.name} may cost up to {estimate['dollars']:.2f} dollars, more than max_dollars={max_dollars:g}. Ask for fewer examples (n, per_group), or allow more; nothing was asked")
-        report = evaluate(facts, wanted, None, out / "predictions", out / "scores", source_root, asked, chat=bool(chat), **options)
+        report = evaluate(facts, wanted, None, out / "predictions", out / "scores", source_root, asked, chat=chat, **options)
         cost = write_cost(out / "cost.json", asked, estimate, report, out / "predictions")
         say(f"{target.name}: {cost['this_call']['requests']:,} requests now, {cost['this_call']['dollars']:.2f} dollars; all predictions together {cost['all_predictions']['dollars']:.2f} dollars")
     else:
-        chat = speaks_chat(target.folder) if chat is None else chat
         report = evaluate(facts, wanted, target.folder, out / "predictions", out / "scores", source_root, engine, dtype, chat, **options)
     results = harness_results(target, report, wanted, out / "predictions", protocol)
     write_atomic(out / f"results_{target.name}.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    report.folder = out
     return report
 
 
@@ -163,13 +165,14 @@ def speaks_chat(
     return bool(template)
 
 
-def price(asked, wanted, chat, protocol, source_root, chunk_size, out) -> dict:
-    "What a run may cost at most: all prompts of all benchmarks, every completion as long as allowed."
+def price(asked, wanted, chat, protocol, source_root, out) -> dict:
+    "What a run may cost at most: all prompts of all benchmarks, every completion as long as allowed. Raises EngineError for a benchmark that cannot be asked in this way."
     total = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
     for key, options in wanted.items():
         for setting in options["settings"]:
             b = load_benchmark(key, setting, protocol, source_root, asked.tokenizer)
-            task = Task(b, options, chat, chunk_size, out / "predictions", asked.max_length - 2, asked.as_turn)
+            asked.require(b.kind)
+            task = Task(b, options, chat, 1, out / "predictions", asked.max_length - 2, asked.as_turn)
             part = asked.estimate(task.prompts, b.max_new_tokens, b.n_samples)
             total = {name: total[name] + part[name] for name in total}
     return total | {"dollars": asked.dollars(total["prompt_tokens"], total["completion_tokens"])}
@@ -222,7 +225,7 @@ def harness_results(
     first = scores[0] if scores else {}
     folder = target.endpoint is None
     return kept | {"config": {"model": first.get("engine", "").split(" ")[0], "model_args": f"pretrained={target.source},dtype={first.get('dtype')}" if folder else f"model={target.endpoint.model},base_url={target.endpoint.url}",
-                              "batch_size": first.get("chunk_size"), "batch_sizes": [], "device": None, "use_cache": None, "limit": same.pop() if len(same) == 1 and not any(options.get("per_group") for options in wanted.values()) else None, "limits": limits, "bootstrap_iters": 2000,
+                              "batch_size": "auto", "batch_sizes": [], "device": None, "use_cache": None, "limit": same.pop() if len(same) == 1 and not any(options.get("per_group") for options in wanted.values()) else None, "limits": limits, "bootstrap_iters": 2000,
                               "gen_kwargs": None, "random_seed": first.get("seed"), "numpy_seed": first.get("seed"), "torch_seed": first.get("seed"), "fewshot_seed": 42},
                    "git_hash": git_hash(), "model_source": "local" if folder else "endpoint", "model_name": target.source, "model_name_sanitized": target.name, "chat_template": CHAT_TEMPLATE if first.get("chat") else None, "max_length": identity_of(predictions, first).get("max_length"), "bos": first.get("bos"),
                    "system_instruction": None, "fewshot_as_multiturn": False, "task_hashes": {f"tulu_{s['benchmark']}_{s['setting']}": hash_json([s["prompts_sha256"], s["version"]]) for s in scores},

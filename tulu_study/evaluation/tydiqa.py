@@ -97,7 +97,8 @@ class TydiQA(Benchmark):
         self.exemplars = {language: stream.sample(self.train[language], self.n_shot) for language in self.languages}
 
     def correct(self, answer, target): return squad_f1(answer, target)
-    def stop(self, chat=False): return [] if chat and not self.as_turn else ["\n"]
+    def stop(self, chat=False): return [] if chat else ["\n"]
+    def extract(self, completion): return completion.strip().split("\n")[0] if self.as_turn else completion.strip()
 
 # %% ../../nbs/evaluation/05_tydiqa.ipynb #c28c5df9
 @patch
