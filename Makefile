@@ -3,6 +3,8 @@
 # make plan | report | lab | figures | doctor | system-deps | clean
 # make bench-data   how fast conversion is, as ratios against named opponents (SOURCES and TOKENIZER = folder with LLaMA's tokenizer, for ShareGPT on real data)
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
+# make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
+# make bench-sandbox     how fast generated code is checked: 164 problems, 20 completions each (SOURCES; needs bubblewrap)
 
 STUDY ?= nano
 PYTHON ?= python3
@@ -70,6 +72,13 @@ bench-data: setup
 
 bench-train: setup
 	@$(BIN)/python bench/train.py --check
+
+.PHONY: bench-agreement bench-sandbox
+bench-agreement: setup
+	@$(BIN)/python bench/agreement.py
+
+bench-sandbox: setup
+	@$(BIN)/python bench/sandbox.py
 
 readme: setup
 	@$(BIN)/python tools/readme.py

