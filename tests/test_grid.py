@@ -172,3 +172,17 @@ def test_a_cell_does_not_run_on_inputs_that_are_not_there(tmp_path, monkeypatch)
     from tulu_study.core.cells import CellError
     monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
     with pytest.raises(CellError, match="evaluate-7B-dolly needs cells that are not done: finetune-7B-dolly"): grid.run(grid.load("smoke"), "evaluate-7B-dolly")
+
+
+def test_a_benchmark_file_that_comes_later_moves_no_conversion(house, tmp_path):
+    root = tmp_path/"raw"
+    (root/"gsm8k").mkdir(parents=True)
+    (root/"gsm8k"/"test.jsonl").write_text('{"question": "one"}\n')
+    edit(house/"settings.ini", "sources =", f"sources = {root}")
+    before = keys(house, "mini")
+    (root/"toxigen").mkdir()
+    (root/"toxigen"/"hate_women_1k.txt").write_text("- text\n")
+    assert moved(before, before := keys(house, "mini")) == {"table-overlap"}
+    (root/"gsm8k"/"test.jsonl").write_text('{"question": "two"}\n')
+    got = moved(before, keys(house, "mini"))
+    assert {"table-overlap", "evaluate-13B-vanilla"} <= got and not any(n.startswith(("convert", "finetune")) for n in got)

@@ -438,3 +438,16 @@ def test_table1_names_what_is_remarked_about_the_base_model(tmp_path):
     report(tmp_path, "dolly", tokenizer=None)
     assert "already instruction-tuned by its makers; dequantised" in tables.table1_markdown(tables.table1("mini", ["dolly"], tmp_path / "data"))
     assert "Base model" not in tables.table1_markdown(tables.table1("nano", ["dolly"], tmp_path / "data"))
+
+
+def test_means_of_table1_carry_their_intervals(tmp_path):
+    made = {"n_in": 5, "n_rejected": 0, "n_out": 5, "protocol": "paper", "turns": {"mean": 1.4, "counts": {"1": 3, "2": 2}},
+            "lengths": {"tokenizer": "llama", "table1": {"prompt": 100.0, "prompt_se": 2.0, "completion": 50.0, "completion_se": 0.001}}}
+    (tmp_path / "dolly").mkdir()
+    (tmp_path / "dolly" / "report.json").write_text(json.dumps(made))
+    rows = {row["measure"]: row for row in tables.table1("mini", ["dolly"], tmp_path) if row["key"] == "dolly"}
+    assert (rows["avg_prompt_length"]["low"], rows["avg_prompt_length"]["high"]) == pytest.approx((96.08, 103.92))
+    assert rows["avg_rounds"]["high"] - 1.4 == pytest.approx(1.96 * (1.2 / 4 / 5) ** 0.5)     # sample variance of 1, 1, 1, 2, 2
+    assert rows["n_instances"]["low"] is None
+    page = tables.table1_markdown(list(rows.values()))
+    assert "100.0 ± 3.9<br>paper 118.1" in page and "| 50.0<br>paper 91.3" in page

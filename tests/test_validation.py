@@ -11,7 +11,7 @@ from tulu_study.data import conversion, reading, streams
 from tulu_study.data.conversion import CONVERTERS
 from tulu_study.data.reading import read_items, read_lines
 from tulu_study.data.streams import json_line
-from tulu_study.data.validation import Tally, add_tallies, contamination, summary_of, validation_table
+from tulu_study.data.validation import Tally, add_tallies, contamination, overlap_markdown, overlap_rows, summary_of, validation_table
 
 
 def alpaca(n, **more):
@@ -140,6 +140,10 @@ def test_overlap_with_a_benchmark_is_found_and_the_absent_ones_are_named(tmp_pat
     found = contamination(rows, tmp_path)
     assert found["compared"]["mmlu"] == {"conversations": 1, "examples": 1, "examples_mostly": 1, "examples_in_all": 2}
     assert "gsm" in found["not_compared"] and "8-gram" in found["method"]
+    assert overlap_rows({"mine": found}) == [{"dataset": "mine", "benchmark": "mmlu", "conversations": 1, "examples": 1, "examples_mostly": 1, "examples_in_all": 2, "method": found["method"]}]
+    page = overlap_markdown({"mine": found, "other": contamination([], tmp_path)}, "example")
+    assert "| **mine** | 1 mostly, 1 touched<br>in 1 conversations |" in page and "| **other** | – |" in page and "gsm" in page.split("not in the sources: ")[1]
+    assert "No benchmark's files are in the sources." in overlap_markdown({"mine": contamination(rows, tmp_path / "nowhere")}, "example")
 
 
 QUESTION = "A farmer with nine brown hens sells two of the hens and buys five white ones, how many hens now"
@@ -169,8 +173,8 @@ def test_a_faulty_benchmark_file_is_read_as_far_as_it_goes(data, unread, tmp_pat
     put(tmp_path, "gsm8k/test.jsonl", data)
     found = searched(tmp_path)
     assert HIT.items() <= found["compared"]["gsm"].items() and found["unread"] == ({"gsm": unread} if unread else {})
-    shown = validation_table(summary_of(Tally()) | {"contamination": found}).data
-    assert all(f"gsm: rows that could not be read | {reason} {n}" in shown for reason, n in unread.items())
+    shown = overlap_markdown({"mine": found}, "example")
+    assert all(f"Rows of benchmark files that could not be read: gsm: {reason} {n}" in shown for reason, n in unread.items())
 
 
 def test_an_empty_benchmark_file_and_huge_or_broken_cells(tmp_path):
@@ -220,7 +224,7 @@ def test_the_threshold_fails_the_cell_after_everything_is_written(tmp_path):
         run_cell("convert", {"dataset": "dolly", "source_root": str(source), "max_rejected": 0.2}, tmp_path / "out" / "dolly")
     assert {"dolly_data.jsonl", "rejects.jsonl", "report.json"} <= {path.name for path in (tmp_path / "out" / "dolly").iterdir()}
     report = json.loads((tmp_path / "out" / "dolly" / "report.json").read_text())
-    assert report["n_in"] == report["n_records"] + report["n_rejected"] == 4 and "contamination" in report["validation"]
+    assert report["n_in"] == report["n_records"] + report["n_rejected"] == 4 and report["validation"]["messages"] == 4
 
 
 @pytest.mark.parametrize("protocol", ["paper", "fixed"])

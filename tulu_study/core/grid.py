@@ -128,7 +128,7 @@ class Grid(dict):
         tokenizer = self.sources/study.tokenizer if self.sources else None
         there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
         for key in dict.fromkeys(parts):
-            self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, ngram=study.data.ngram, source_root=self._source_root(),
+            self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, source_root=self._source_root(),
                       tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None, "tokenizer_files": self._folder(study.tokenizer)})
         for key in dict.fromkeys(d for d in wanted if d in mixes()):
             self._add("mix", key, "mix", dict(mix=key, data_dir=str(self.root/"data")), [f"convert-{p}" for p in mixes()[key].parts], {"record": mixes()[key].model_dump(mode="json")})
@@ -168,7 +168,11 @@ class Grid(dict):
             if table == "table1":
                 shown = list(dict.fromkeys(used + study.data.convert))
                 self._add("table", table, table, dict(study=study.study, datasets=shown, data_dir=str(self.root/"data")), [self._data_cell(d) for d in shown], said | {"notes": {m.base: models()[m.base].note for m in study.models.values()}})
-        for kind, notebook in [("table", t) for t in study.tables if t != "table1"] + [("figure", f) for f in study.figures]:
+            if table == "overlap":   # reads the benchmarks' files: part of this cell's identity and of no conversion's, so that a file which comes later trains nothing anew
+                shown = [name.removeprefix("convert-") for name, cell in self.items() if cell.stage == "convert"]
+                self._add("table", table, table, dict(study=study.study, datasets=shown, ngram=study.data.ngram, data_dir=str(self.root/"data"), source_root=self._source_root()),
+                          [*self._before, *(f"convert-{d}" for d in shown)], {k: self._origin(b) for k, b in benchmarks().items()})
+        for kind, notebook in [("table", t) for t in study.tables if t not in ("table1", "overlap")] + [("figure", f) for f in study.figures]:
             for size, model in study.models.items():
                 label = notebook if len(study.models) == 1 else f"{notebook}-{size}"
                 params = dict(study=study.study, size=size, rows=model.data, benchmarks={k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}, scores_dir=str(self.root/"scores"))

@@ -207,7 +207,7 @@ class StudyData(Record):
     "How much raw data is used and how much of it may be bad."
     limit: int = Field(0, ge=0)       # conversations per dataset in training, 0 = all
     convert: list[str] = []           # datasets that Table 1 shows although no model is trained on them
-    ngram: int = Field(8, ge=0)       # words of an overlap with the benchmarks that a report counts; 0 leaves the search out
+    ngram: int = Field(8, gt=0)       # words in a row that count as an overlap with a benchmark, in the table `overlap`
     max_rejected: float = Field(0.01, ge=0, le=1)   # share of raw records; above it the conversion fails
 
 # %% ../../nbs/core/01_params.ipynb #7bee1738
@@ -273,7 +273,7 @@ class Study(Record):
     training: StudyTraining = StudyTraining()
     evaluation: StudyEvaluation = StudyEvaluation()
     benchmarks: dict[str, StudyBenchmark]
-    tables: list[Literal["table1", "table3"]] = []
+    tables: list[Literal["table1", "overlap", "table3"]] = []
     figures: list[Literal["change_by_dataset"]] = []
 
     def training_for(self, size: str) -> StudyTraining:

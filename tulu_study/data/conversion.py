@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONVERTERS', 'ORDER', 'DatasetError', 'converter', 'converters', 'find_converter', 'dataset_record', 'Raw', 'in_turn',
            'generator_for', 'sampled', 'Report', 'report_table', 'counted', 'convert', 'convert_in_order',
-           'add_contamination', 'require_accepted', 'two_samples']
+           'require_accepted', 'two_samples']
 
 # %% ../../nbs/data/02_conversion.ipynb #fe1e2ff0
 import importlib.util, inspect, json, pkgutil, random
@@ -24,7 +24,7 @@ from ..core.sources import fetch
 from .counting import Lengths, named_tokenizer, ready, token_lengths
 from .reading import BadRecord, RawRecord, read_records
 from .streams import BATCH, LARGE, Growing, Ledger, Place, Pool, Unsplittable, blocks_of, cores, write_conversations
-from .validation import Tally, add_tallies, contamination, summary_of, turns_of, validation_table
+from .validation import Tally, add_tallies, summary_of, turns_of, validation_table
 
 # %% ../../nbs/data/02_conversion.ipynb #6839d5b1
 CONVERTERS = {}  # dataset key -> function
@@ -432,20 +432,6 @@ def convert_in_order(
     "Convert datasets one after the other from one random stream, as one call of the reference for all of them does."
     rng = random.Random(seed)
     return {key: convert(key, source_root, out_dir, "paper", seed, tokenizer, 1, rng, **(options or {}).get(key, {})) for key in keys}
-
-# %% ../../nbs/data/02_conversion.ipynb #dfa99008
-def add_contamination(
-    report: Report,  # of a finished conversion
-    folder: str | Path,  # that holds its files
-    source_root: str | Path | None = None,  # sources root with the benchmarks' files; None = the site's
-    ngram: int = 8,  # words in a row; 0 leaves the search out
-) -> Report:
-    "Enter a dataset's overlap with the benchmarks into its report, and into report.json."
-    if ngram:
-        found = contamination(read_jsonl(Path(folder) / f"{report.key}_data.jsonl"), source_root, ngram)
-        report.validation["contamination"] = found
-        write_atomic(Path(folder) / "report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    return report
 
 # %% ../../nbs/data/02_conversion.ipynb #7021df42
 def require_accepted(

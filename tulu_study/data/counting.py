@@ -134,9 +134,11 @@ LIMITS = (512, 768, 1024, 1536, 2048, 4096)  # totals above these are counted
 TABLE1_CUT = 2048  # tokens of a message that count in Table 1's two columns
 
 
-def _cut_mean(counts: Counter, cut: int = TABLE1_CUT) -> float:
+def _cut_mean(counts: Counter, cut: int = TABLE1_CUT) -> tuple:  # (mean, its standard error)
     "Mean of a distribution given by counts, with larger values taken as `cut`."
-    return sum(min(value, cut) * n for value, n in counts.items()) / max(sum(counts.values()), 1)
+    n = max(sum(counts.values()), 1)
+    mean = sum(min(value, cut) * times for value, times in counts.items()) / n
+    return mean, (sum((min(value, cut) - mean) ** 2 * times for value, times in counts.items()) / max(n - 1, 1) / n) ** 0.5
 
 
 def _measurable(message) -> bool:
@@ -175,11 +177,12 @@ class Lengths:
 def token_lengths(
     lengths: Lengths,  # of all conversations
     name: str,  # what to call the tokenizer in the report
-) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it), table1 (cut, prompt, completion)
+) -> dict:  # tokenizer, user, assistant, total, over (limit -> conversations above it), table1 (cut, both means and their standard errors)
     "What the report says about lengths."
     lengths = lengths.lengths
     over = {str(limit): sum(n for total, n in lengths["total"].items() if total > limit) for limit in LIMITS}
-    table1 = {"cut": TABLE1_CUT, "prompt": _cut_mean(lengths["user"]), "completion": _cut_mean(lengths["assistant"])}
+    (prompt, prompt_se), (completion, completion_se) = _cut_mean(lengths["user"]), _cut_mean(lengths["assistant"])
+    table1 = {"cut": TABLE1_CUT, "prompt": prompt, "prompt_se": prompt_se, "completion": completion, "completion_se": completion_se}
     return {"tokenizer": name, "user": spread(lengths["user"]), "assistant": spread(lengths["assistant"]), "total": spread(lengths["total"]), "over": over, "table1": table1}
 
 # %% ../../nbs/data/02c_counting.ipynb #09717986

@@ -6,7 +6,7 @@
 __all__ = ['FAILED', 'COLOURS', 'MEASURES', 'TABLE1_FIELDS', 'PUBLISHED_FIELDS', 'escape', 'markdown_table', 'csv_text', 'signed',
            'mean_of', 'average_cell', 'table3', 'mark', 'own_text', 'paper_text', 'cell_markdown', 'column_foot',
            'values_of', 'loss_fact', 'legend', 'foot', 'head', 'rows_markdown', 'table3_markdown', 'styled',
-           'tokenizer_name', 'is_llama', 'measured', 'read_report', 'table1_record', 'table1', 'noted_bases',
+           'tokenizer_name', 'is_llama', 'measured', 'margins', 'read_report', 'table1_record', 'table1', 'noted_bases',
            'table1_cell', 'table1_head', 'table1_foot', 'table1_markdown', 'write_table', 'write_table1',
            'write_table3', 'printed', 'published_table', 'published_tables', 'table1_row']
 
@@ -220,6 +220,15 @@ def measured(report: dict) -> dict:
     length = lambda name, role: (lengths.get("table1") or {}).get(name, (lengths.get(role) or {}).get("mean"))
     return {"n_instances": report["n_out"], "avg_rounds": (report.get("turns") or {}).get("mean"), "avg_prompt_length": length("prompt", "user"), "avg_completion_length": length("completion", "assistant")}
 
+def margins(report: dict) -> dict:
+    "Half the 95 % interval of each mean in `measured`, None where the report does not say how far the values spread."
+    counts, lengths = {int(n): times for n, times in ((report.get("turns") or {}).get("counts") or {}).items()}, (report.get("lengths") or {}).get("table1") or {}
+    n = sum(counts.values())
+    mean = sum(rounds * times for rounds, times in counts.items()) / max(n, 1)
+    spread = math.sqrt(sum((rounds - mean) ** 2 * times for rounds, times in counts.items()) / (n - 1) / n) if n > 1 else None
+    errors = {"n_instances": None, "avg_rounds": spread, "avg_prompt_length": lengths.get("prompt_se"), "avg_completion_length": lengths.get("completion_se")}
+    return {measure: None if error is None else 1.96 * error for measure, error in errors.items()}
+
 # %% ../../nbs/reporting/01_tables.ipynb #3c41153c
 def read_report(data_dir, key: str) -> dict | None:
     "A conversion report, None where there is none; `ValueError` where it is not whole."
@@ -232,12 +241,13 @@ def read_report(data_dir, key: str) -> dict | None:
     return report
 
 # %% ../../nbs/reporting/01_tables.ipynb #0e9b05e3
-TABLE1_FIELDS = ("study", "key", "label", "measure", "state", "why", "value", "published", "published_status", "published_source",
+TABLE1_FIELDS = ("study", "key", "label", "measure", "state", "why", "value", "low", "high", "published", "published_status", "published_source",
                  "difference", "tokenizer", "n_in", "n_rejected", "protocol")
 
-def table1_record(measure: str, value: float | None, why: str, cell, tokenizer: str | None) -> dict:
-    "One cell of Table 1: our value, the paper's cell (or None), and their difference where they count the same."
-    found = {"measure": measure, "value": value, "state": "not run" if value is None else "ran", "why": why if value is None else "", "tokenizer": tokenizer}
+def table1_record(measure: str, value: float | None, margin: float | None, why: str, cell, tokenizer: str | None) -> dict:
+    "One cell of Table 1: our value with its interval, the paper's cell (or None), and their difference where they count the same."
+    bounds = (None, None) if None in (value, margin) else (value - margin, value + margin)
+    found = {"measure": measure, "value": value, "low": bounds[0], "high": bounds[1], "state": "not run" if value is None else "ran", "why": why if value is None else "", "tokenizer": tokenizer}
     found |= {"published": cell and cell.number, "published_status": cell and cell.status, "published_source": cell and cell.source}
     comparable = None not in (value, found["published"]) and ("length" not in measure or is_llama(tokenizer))
     return found | {"difference": value - found["published"] if comparable else None}
@@ -255,7 +265,7 @@ def table1(study: str,         # the study's name
         tokenizer = tokenizer_name(((report or {}).get("lengths") or {}).get("tokenizer"))
         same = {"study": study, "key": key, "label": label} | {name: report and report.get(name) for name in ("n_in", "n_rejected", "protocol")}
         for measure, value in (measured(report) if report else dict.fromkeys(MEASURES)).items():
-            found.append(same | table1_record(measure, value, why, published("table1", names[key], measure) if names.get(key) else None, tokenizer))
+            found.append(same | table1_record(measure, value, margins(report)[measure] if report else None, why, published("table1", names[key], measure) if names.get(key) else None, tokenizer))
     return comparable(found)
 
 # %% ../../nbs/reporting/01_tables.ipynb #b7a0c1d3
@@ -270,6 +280,7 @@ def table1_cell(row: dict) -> str:
     "Ours, the paper's and the difference of one cell, in Markdown."
     digits, words = MEASURES[row["measure"]][1], {"not measured": "not measured", FAILED[2]: "not run ✗"}
     own = f"{row['value']:,.{digits}f}" if row["value"] is not None else words.get(row["why"], "not run")
+    if row["low"] is not None and f"{row['value'] - row['low']:.{digits}f}" != f"{0:.{digits}f}": own += f" ± {row['value'] - row['low']:,.{digits}f}"
     return "<br>".join([own, f"paper {paper_text(row, digits)}"] + ([f"Δ {signed(row['difference'], digits)}"] if row["difference"] is not None else []))
 
 def table1_head(rows: list[dict], # records of `table1`
@@ -287,7 +298,7 @@ def table1_foot(by_row: list[list[dict]], other: list[str]) -> list[str]:
     refused = [f"{escape(row[0]['label'])} {row[0]['n_rejected']:,} of {row[0]['n_in']:,}" for row in by_row if row[0]["n_rejected"]]
     lengths = f"; lengths counted with another tokenizer ({escape(', '.join(other))}) have none" if other else ""
     difference = "" if invented(by_row[0][0]["study"]) else f". Δ = ours − the paper's{lengths}"
-    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion; a length is that of one message as converted, template included, up to 2,048 tokens{difference}",
+    return [f"Raw records rejected: {'; '.join(refused) or 'none'}", f"Instances are conversations after the conversion; a length is that of one message as converted, template included, up to 2,048 tokens. ± is half the 95 % interval of a mean, as if the instances were drawn from a larger set: it counts where the raw files are a sample{difference}",
             "not run = not part of this study; not run ✗ = asked for, but the conversion failed or is still to come", " · ".join(f"{sign} = {words}" for sign, words in LEGEND.items())]
 
 def table1_markdown(rows: list[dict], # records of `table1`
