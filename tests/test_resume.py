@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetunings import SETTINGS, TOLERANCE, fork, gap, log, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
+from finetunings import SETTINGS, TOLERANCE, fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.training import finetune
 from tulu_study.training.config import INTERRUPTED, FinetuneConfig, TrainingError, TrainingInterrupted
 from tulu_study.training.launch import environment_for, launch
@@ -260,15 +260,45 @@ def test_a_loss_that_is_no_number_stops_at_that_step_and_names_its_data(place, f
     assert not finished_states(state_root(place / "poisoned")), "a state without a value must not be kept"
 
 
-def test_memory_and_time_are_recorded_for_the_plan(train, tmp_path):
-    from tulu_study.planning import measured, measured_text
-    seconds = json.loads((train("whole-2", zero_stage=2) / "seconds.json").read_text())
-    assert set(seconds) == {"starting", "training", "saving", "verifying", "step", "start_bytes", "peak_bytes"}
-    (tmp_path / "seconds.json").write_text(json.dumps(seconds))
-    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 2244}))
-    took = measured(tmp_path)
-    assert took == {"tokens": 2244, "seconds": seconds["training"], "peak_bytes": seconds["peak_bytes"], "start_bytes": seconds["start_bytes"]} and measured_text(took).endswith(" GB")
-    assert 1e8 < seconds["start_bytes"] <= seconds["peak_bytes"] < 1e10 and 0 < seconds["step"] <= seconds["training"]
+def test_memory_and_time_are_recorded_for_the_plan(train):
+    from tulu_study.planning import compared, measured, measured_text
+    folder = train("recorded", zero_stage=2, base="nano-llama-s")
+    seconds = json.loads((folder / "seconds.json").read_text())
+    assert set(seconds) == {"starting", "training", "saving", "verifying", "cpu_seconds", "step", "start_bytes", "peak_bytes", "device", "threads", "precision"}
+    assert 1e8 < seconds["start_bytes"] <= seconds["peak_bytes"] < 1e10 and 0 < seconds["step"] <= seconds["training"] and seconds["device"] and seconds["threads"] == 1
+    took = measured(folder)
+    rows = log(folder)
+    assert took["tokens"] == sum(row["tokens"] for row in rows) and measured_text(took).endswith(" tokens") and took["pass_tokens"] <= took["largest_pass"] <= 2 * 96
+    found = compared("nano-llama-s", took)
+    assert found["predicted_seconds"] > 0 and found["predicted_bytes"] > 0 and found["bytes"] == seconds["peak_bytes"] - seconds["start_bytes"] and found["seconds"] == seconds["cpu_seconds"]
+
+
+@pytest.mark.parametrize("stage, precision, lora", [(2, "bf16", {}), (3, "bf16", {}), (0, "bf16", {}), (0, "fp32", {}), (2, "fp32", {}), (3, "fp32", {}), (2, "bf16", {"rank": 32})])
+def test_a_state_is_as_large_as_the_plan_says(place, fork, stage, precision, lora):
+    "Tensors alone: a state's records, the log and the generators do not grow with the model."
+    import torch
+    from transformers import AutoConfig
+    from tulu_study.training.scale import Scale, Size, disk_bytes
+    name = f"size-{stage}-{precision}-{len(lora)}"
+    (place / name).mkdir()
+    config = settings(place, name, zero_stage=stage, precision=precision, lora=lora, save_steps=2)
+    fork(broken_off, str(config.save(place / f"{name}.json")), 2, signal.SIGKILL, "after", status=-9)
+    state = finished_states(state_root(place / name))[0]
+    seen, found = set(), 0
+    def count(value):
+        nonlocal found
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() not in seen and value.numel() > 64: found += value.numel() * value.element_size()
+            seen.add(value.data_ptr())
+        elif isinstance(value, dict): [count(one) for one in value.values()]
+        elif isinstance(value, (list, tuple)): [count(one) for one in value]
+        elif hasattr(value, "__dict__"): count(vars(value))
+    keep = [torch.load(path, weights_only=False) for path in state.rglob("*.pt") if "rng" not in path.name and "scheduler" not in path.name]
+    count(keep)
+    total = sum(tensor.numel() for tensor in weights(place / "llama").values()) + 2 * 48   # the padding token's rows
+    adapter = 2 * 32 * (4 * (48 + 48) + 3 * (48 + 96)) if lora else 0
+    expected = disk_bytes(Size(total, 0, 0), Scale(zero_stage=stage, precision=precision, lora_rank=32 if lora else 0), adapter)[1] / 3
+    assert found == pytest.approx(expected, rel=0.03), (found / (adapter or total), [p.name for p in state.rglob("*.pt")])
 
 
 # ---- what lies in the host's memory

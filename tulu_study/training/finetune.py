@@ -6,6 +6,7 @@ denominator, the optimiser's groups and schedule (those of the reference), the l
 import functools, json, math, os, random, shutil, signal, statistics, sys, time
 from pathlib import Path
 
+from tulu_study.core.cells import hardware
 from tulu_study.core.files import write_atomic
 from tulu_study.core.process import die_with_parent
 from .cards import model_card
@@ -220,7 +221,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             if config.packing: self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False   # the weights are those of the whole step
             elif config.loss == "microbatch": self.model_accepts_loss_kwargs = False   # the Trainer then averages micro-batch means
             self.window = torch.zeros(6, dtype=torch.float64)                        # loss, micro-batches, tokens, supervised tokens, ranks that want to save, that were asked to stop
-            self.interrupted, self.seconds, self.step_seconds, self.log_file = False, 0.0, [], None
+            self.interrupted, self.seconds, self.cpu_seconds, self.step_seconds, self.log_file = False, 0.0, 0.0, [], None
 
         def _get_train_sampler(self, *_): return sampler
 
@@ -278,12 +279,13 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
                 attempt(problems, lambda: self.state.save_to_json(str(folder / "trainer_state.json")))
                 attempt(problems, self.log_file.flush)
                 attempt(problems, lambda: shutil.copyfile(log, folder / log.name))
-            return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds}, parts, self.args.process_index, config.ranks, f"global_step{step}")
+            return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}, parts, self.args.process_index, config.ranks, f"global_step{step}")
 
     class Log(TrainerCallback):
         "One row per optimiser step in training_log.jsonl, and a line for people now and then."
         def on_train_begin(self, args, state, control, **_):
-            self.begun = self.last = time.monotonic()
+            self.begun, self.cpu_begun = time.monotonic(), time.process_time() - trainer.cpu_seconds
+            self.last = self.begun
             self.shown, self.at, self.clock, self.earlier = 0.0, state.global_step, Clock(config.save_minutes, config.save_steps), trainer.seconds
             if args.process_index == 0:
                 log.write_bytes((resumed / log.name).read_bytes() if resumed else b"")
@@ -302,6 +304,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
             summed, batches, tokens, supervised, want_save, want_stop = trainer.take_window(args.process_index == 0 and self.clock.due(step), ASKED["stop"])
             loss, now = summed / (config.ranks if config.packing or config.loss == "token" else batches), time.monotonic()
             took, self.last, trainer.seconds = now - self.last, now, self.earlier + now - self.begun
+            trainer.cpu_seconds = time.process_time() - self.cpu_begun
             trainer.step_seconds.append(took)
             if trainer.log_file:
                 row = {"step": step, "loss": loss, "learning_rate": self.rate, "tokens": int(tokens), "supervised_tokens": int(supervised)}
@@ -470,7 +473,7 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
     resumed, record = choose(state_root(out), whose, rank, config.ranks, say)
     trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl", resumed, whose)
     if resumed:
-        trainer.seconds = record["seconds"]
+        trainer.seconds, trainer.cpu_seconds = record["seconds"], record["cpu_seconds"]
         say(f"continuing from the state of step {record['step']}")
     elif first: shutil.rmtree(out / "runs", ignore_errors=True)
     ready, start_bytes = time.monotonic(), memory(peak=False)
@@ -485,7 +488,7 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
     facts = {"conversations": len(encoded.rows), "dropped": len(encoded.dropped), "empty": len(encoded.empty), "unmasked": len(encoded.unmasked), "tokens": encoded.tokens, "supervised_tokens": encoded.supervised,
              "steps": expected, "forward_passes_per_step": accumulation * config.ranks, **idle, "embedding_rows_added": grown}
     save(config, trainer, model, tokenizer, facts)
-    (start_bytes, peak_bytes), training = map(max, zip(*gathered((start_bytes, peak_bytes)))), trainer.seconds   # of the rank that holds most
+    (start_bytes, peak_bytes, cpu_seconds), training = map(max, zip(*gathered((start_bytes, peak_bytes, trainer.cpu_seconds)))), trainer.seconds   # of the rank that has most
     leave()
     if first:
         from .verification import verify
@@ -494,8 +497,9 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
         saved = time.monotonic()
         verify(out)
         seconds = {"starting": ready - begun, "training": training, "saving": saved - trained, "verifying": time.monotonic() - saved}
-        more = {"step": round(statistics.median(trainer.step_seconds or [0.0]), 4), "start_bytes": start_bytes, "peak_bytes": peak_bytes}
-        write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in seconds.items()} | more))
+        machine = hardware()
+        more = {"step": round(statistics.median(trainer.step_seconds or [0.0]), 4), "start_bytes": start_bytes, "peak_bytes": peak_bytes, "device": machine["gpus"][0].split(",")[0] if machine["gpus"] else machine["processor"], "threads": config.threads, "precision": config.precision}
+        write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in (seconds | {"cpu_seconds": cpu_seconds}).items()} | more))
         remove(state_root(out))
         say("seconds: " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
 
