@@ -51,9 +51,19 @@ def test_several_nodes_without_slurm(place, slurm):
 
 def test_resources(tmp_path):
     cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
-    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8", "mem_mb": 0}
-    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1", "mem_mb": 0}
-    assert slurm_resources(cell(0))["slurm_extra"] == ""
+    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8 --signal=TERM@300", "mem_mb": 0}
+    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1 --signal=TERM@300", "mem_mb": 0}
+    assert slurm_resources(cell(0))["slurm_extra"] == "--signal=TERM@300"
+
+
+def test_slurm_warns_before_the_time_is_over(tmp_path, monkeypatch):
+    from tulu_study.training.launch import PATIENCE
+    extra = lambda: slurm_resources(Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, 8, 1))["slurm_extra"]
+    for said, expected in (("120", "--gpus-per-node=8 --signal=TERM@120"), ("3600", f"--gpus-per-node=8 --signal=TERM@{PATIENCE}"), ("0", "--gpus-per-node=8")):
+        monkeypatch.setenv("TULU_SIGNAL_SECONDS", said)
+        assert extra() == expected
+    monkeypatch.setenv("TULU_SIGNAL_SECONDS", "soon")
+    with pytest.raises(ValueError, match="TULU_SIGNAL_SECONDS is 'soon'; expected seconds"): extra()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tulu_study.core import cells as door
 from tulu_study.core.files import hash_json
+from tulu_study.core.process import PATIENCE
 from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir
 from tulu_study.core.sources import find, fingerprint
 from tulu_study.core.settings import Settings, settings
@@ -56,13 +57,20 @@ class Cell:
         return self.out_dir/f"{self.notebook}.ipynb"
 
 
+def warning_seconds() -> int:
+    "How long before a job's time is over Slurm asks it to stop: TULU_SIGNAL_SECONDS, at most what a trainer gets for it. ValueError for anything but a number."
+    said = os.environ.get("TULU_SIGNAL_SECONDS") or "300"
+    if not said.isdigit(): raise ValueError(f"TULU_SIGNAL_SECONDS is {said!r}; expected seconds between Slurm's warning and the end of a job's time, or 0 for no warning")
+    return min(int(said), PATIENCE)
+
+
 def slurm_resources(
     cell: Cell,   # with gpus and nodes
     threads: int = 1,   # of one rank
 ) -> dict:        # names of snakemake-executor-plugin-slurm
-    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun; `mem_mb` 0 leaves memory to the site, where the default would be 1 GB."
-    each = -(-cell.gpus // cell.nodes)
-    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each else "", "mem_mb": 0}
+    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun; `mem_mb` 0 leaves memory to the site, where the default would be 1 GB. `--signal` makes Slurm send SIGTERM before the time is over: a training then saves its state and leaves."
+    each, seconds = -(-cell.gpus // cell.nodes), warning_seconds()
+    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": " ".join([f"--gpus-per-node={each}"] * bool(each) + [f"--signal=TERM@{seconds}"] * bool(seconds)), "mem_mb": 0}
 
 
 @dataclass

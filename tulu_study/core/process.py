@@ -2,6 +2,7 @@
 import contextlib, ctypes, fcntl, os, signal, subprocess, sys, threading, time
 
 PR_SET_PDEATHSIG = 1
+PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
 
 
 def die_with_parent(

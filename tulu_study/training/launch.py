@@ -2,10 +2,9 @@
 import collections, contextlib, json, os, re, shlex, signal, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
-from tulu_study.core.process import start_child
+from tulu_study.core.process import PATIENCE, start_child
 from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
 
-PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
 PORT = 29400     # where the agents of several nodes meet, outside Slurm
 SETTINGS = "settings.json"   # in the checkpoint's folder while several nodes train: all of them must see it
 
