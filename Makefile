@@ -1,6 +1,6 @@
 # make study   set up the environment and run a study (STUDY=nano by default; SOURCES=<folder of raw files>)
 # make test    set up and run everything that CI runs
-# make plan | report | lab | figures | doctor | system-deps | clean
+# make plan | report | lab | figures | doctor | system-deps | resolve-gpu | clean
 # make bench-data   how fast conversion is, as ratios against named opponents (SOURCES and TOKENIZER = folder with LLaMA's tokenizer, for ShareGPT on real data)
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
 # make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
@@ -22,7 +22,7 @@ endif
 # a study started by make ends with make
 export TULU_TIED := 1
 
-.PHONY: study plan report lab test check figures doctor setup system-deps clean readme bench-data bench-train
+.PHONY: study plan report lab test check figures doctor setup system-deps resolve-gpu clean readme bench-data bench-train
 .DEFAULT_GOAL := study
 
 study: setup
@@ -65,6 +65,12 @@ system-deps-if-root:
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) --no-print-directory system-deps; \
 	else echo "Not installed:$$missing. The tests that need them are skipped; to install: sudo make system-deps"; fi
+
+# whether the `gpu` extra and the tools resolve together, without installing anything (minutes: pip reads what each candidate needs)
+resolve-gpu: setup
+	@$(BIN)/python -m pip install --dry-run --ignore-installed --quiet --no-warn-script-location --report "$(VENV)/gpu.json" ".[gpu,dev]"
+	@$(BIN)/python -c "import json; found = {p['metadata']['name'].lower(): p['metadata']['version'] for p in json.load(open('$(VENV)/gpu.json'))['install']}; \
+	print(len(found), 'packages, among them', ', '.join(f'{name} {found[name]}' for name in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets', 'bitsandbytes')))"
 
 bench-data: setup
 	@$(BIN)/python bench/data.py

@@ -1,9 +1,10 @@
 "The door to papermill: what it refuses before a kernel starts, what it records, when it runs again."
-import json, os
+import json, os, subprocess, sys
+from pathlib import Path
 
 import pytest
 
-from helpers import notebook
+from helpers import ROOT, notebook
 from tulu_study.core import cells
 from tulu_study.core.cells import CellError, cell_key, check_parameters, code_parts, parameters, read_manifest, run_cell
 
@@ -227,3 +228,20 @@ def test_a_saved_state_survives_an_edit_but_not_force(tmp_path):
     assert (tmp_path/"state"/"step-00000004").is_dir() and not (tmp_path/"runs").exists()
     _begin(tmp_path, [tmp_path], "after", force=True)
     assert not (tmp_path/"state").exists()
+
+
+# ------------------------------------------------------------------------------------------------- without the door
+def test_plain_papermill_runs_a_notebook(tmp_path):
+    "`papermill nbs/runs/x.ipynb out.ipynb -p …` does the work too; what it leaves is no finished cell, for nobody checked what was asked."
+    from tulu_study.data import convert
+    (tmp_path/"raw"/"dolly").mkdir(parents=True)
+    (tmp_path/"raw"/"dolly"/"databricks-dolly-15k.jsonl").write_text("".join(json.dumps({"instruction": f"Name {i}.", "context": "", "response": "Ebro"}) + "\n" for i in range(3)))
+    convert("dolly", tmp_path/"raw", tmp_path/"data")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(Path(sys.executable).parent/"papermill"), "nbs/runs/table1.ipynb", str(tmp_path/"out.ipynb"), "-p", "study", "mine", "-y", "datasets: [dolly]",
+                           "-p", "data_dir", str(tmp_path/"data"), "-p", "out_dir", str(tmp_path/"table")], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result, executed = json.loads((tmp_path/"table"/"result.json").read_text()), json.loads((tmp_path/"out.ipynb").read_text())
+    assert result["parameters"]["study"] == "mine" and result["ran"] == ["dolly"]
+    assert "mine" in (tmp_path/"table"/"table1.md").read_text() and (tmp_path/"table"/"table1.csv").exists()
+    assert [c for c in executed["cells"] if "injected-parameters" in c["metadata"].get("tags", [])] and read_manifest(tmp_path/"table") is None

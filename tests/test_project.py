@@ -97,6 +97,28 @@ def test_environment_holds_no_second_list_of_pins():
     assert not [d for d in listed if isinstance(d, str) and re.search(r"[=<>]", d) and not d.startswith("python=")]
 
 
+@pytest.mark.net
+def test_the_gpu_extra_resolves(request):
+    "What this machine cannot run can at least be installed together: `make resolve-gpu` asks the package index, for minutes."
+    if "net" not in request.config.option.markexpr: pytest.skip("asks the package index for minutes; on request: pytest -m net tests/test_project.py")
+    done = subprocess.run(["make", "--no-print-directory", "resolve-gpu"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    pins = {m[1]: m[2] for r in tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]["optional-dependencies"].values() for d in r if (m := re.match(r"([\w-]+)==([\w.]+)$", d))}
+    assert [name for name in ("torch", "vllm", "transformers", "deepspeed", "datasets") if not re.search(rf"\b{name} {re.escape(pins[name])}\b", done.stdout)] == [], done.stdout
+
+
+def test_make_lab_registers_its_kernel(tmp_path):
+    "The recipe's own line, into another prefix; the server itself does not return."
+    lines = subprocess.run(["make", "-n", "lab"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    line = next(line for line in lines if "ipykernel install" in line)
+    assert "--sys-prefix" in line and any("jupyter lab" in line for line in lines)
+    subprocess.run(line.replace("--sys-prefix", f"--prefix '{tmp_path}'"), shell=True, cwd=ROOT, check=True, capture_output=True)
+    listed = subprocess.run([str(Path(sys.executable).parent/"jupyter"), "kernelspec", "list", "--json"], capture_output=True, text=True, check=True, env=os.environ | {"JUPYTER_PATH": str(tmp_path/"share"/"jupyter")})
+    spec = json.loads(listed.stdout)["kernelspecs"]["tulu-study"]
+    assert Path(spec["resource_dir"]).is_relative_to(tmp_path) and spec["spec"]["display_name"] == "Python (tulu_study)"
+    assert os.path.samefile(spec["spec"]["argv"][0], sys.executable), "the kernel is not the project's Python"
+
+
 def test_tools_are_pinned_exactly():
     project = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]

@@ -1,5 +1,5 @@
 "README.md is what nbs/index.ipynb says, and its commands work."
-import re, subprocess, sys
+import json, re, subprocess, sys
 
 import pytest
 
@@ -49,6 +49,15 @@ def test_command(command):
     if command == "make study":
         again = subprocess.run(TRIED[command], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert "are done" in again.stdout, again.stdout
+        learning_shows()
+
+
+def learning_shows():
+    "What the tables and pictures of the README's study are there for: chains of thought teach the larger base model to solve word problems, beyond chance."
+    from tulu_study.core.settings import settings
+    scores = settings().results/"nano"/"scores"
+    vanilla, taught = (json.loads((scores/model/"gsm-cot.json").read_text()) for model in ("13B-vanilla", "13B-cot"))
+    assert taught["low"] > vanilla["high"] and vanilla["n"] == taught["n"] == 200, (vanilla, taught)
 
 
 def test_jupyterlab_is_there():
