@@ -21,6 +21,11 @@ def server(project):
 
         def answer(self, body):
             if self.path == "/gone": return self.send_error(404)
+            if self.path == "/members": return self.send_error(401)
+            if self.path.startswith("/datasets/gated/"):   # as the hub answers somebody who has not accepted a repository's terms
+                self.send_response(self.server.refusal)
+                for name, value in {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to dataset gated/set is restricted.", "Content-Length": "0"}.items(): self.send_header(name, value)
+                return self.end_headers()
             first, last = 0, len(CONTENT) - 1
             if wanted := self.headers.get("Range"):
                 low, _, high = wanted.removeprefix("bytes=").partition("-")
@@ -37,7 +42,7 @@ def server(project):
                 if self.server.cut: self.connection.close()
 
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.cut, made.asked = None, []
+    made.cut, made.asked, made.refusal = None, [], 401
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield made
     made.shutdown()
@@ -96,6 +101,28 @@ def test_a_damaged_cache_is_found_out(server, project):
 def test_gone_and_gated(server):
     with pytest.raises(SourceError) as e: fetch(record(server, "/gone", gated="accept the licence at example.org"))
     assert "accept the licence at example.org" in str(e.value) and "<sources root>/toy/rows.jsonl" in str(e.value)
+
+
+@pytest.mark.parametrize("refusal", [401, 403])
+@pytest.mark.parametrize("gated", [None, "ask the publisher"])
+def test_a_licence_that_needs_acceptance(server, project, monkeypatch, refusal, gated):
+    "The hub's own client asks a server that answers as the hub does; the record may know of the licence, or not."
+    from huggingface_hub import constants
+    address, server.refusal = f"http://127.0.0.1:{server.server_port}", refusal
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(project/"hub"))
+    with pytest.raises(SourceError) as e: fetch(Source(key="toy", name="Toy", folder="toy", licence="none", gated=gated, files=[SourceFile(name="rows.jsonl", hub="datasets/gated/set", revision="0" * 40)]))
+    assert "GatedRepoError" in str(e.value) and f"it answered {refusal}" in str(e.value) and "https://huggingface.co/datasets/gated/set" in str(e.value) and "accept the terms" in str(e.value) and "hf auth login" in str(e.value)
+    assert ("ask the publisher" in str(e.value)) == bool(gated) and "<sources root>/toy/rows.jsonl" in str(e.value)
+    assert cached(project) == []
+
+
+def test_a_server_that_wants_a_login(server, project):
+    with pytest.raises(SourceError) as e: fetch(record(server, "/members"))
+    assert f":{server.server_port}/members gives nothing to somebody unknown (it answered 401)" in str(e.value) and "by hand" in str(e.value) and cached(project) == []
+    with pytest.raises(SourceError) as e: fetch(record(server, "/gone"))
+    assert "somebody unknown" not in str(e.value)
 
 
 def test_the_sources_root_comes_first(server, project, monkeypatch):

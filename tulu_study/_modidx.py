@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'tulu_study.core.sources._download': ('core/sources.html#_download', 'tulu_study/core/sources.py'),
                                          'tulu_study.core.sources._from_hub': ('core/sources.html#_from_hub', 'tulu_study/core/sources.py'),
                                          'tulu_study.core.sources._from_url': ('core/sources.html#_from_url', 'tulu_study/core/sources.py'),
+                                         'tulu_study.core.sources._refusal': ('core/sources.html#_refusal', 'tulu_study/core/sources.py'),
                                          'tulu_study.core.sources._stream': ('core/sources.html#_stream', 'tulu_study/core/sources.py'),
                                          'tulu_study.core.sources.acquisition': ( 'core/sources.html#acquisition',
                                                                                   'tulu_study/core/sources.py'),

@@ -129,16 +129,32 @@ def acquisition(
         rows.append({"file": file.name, "state": here, "place": place(file, file.name) or "no download is known", "pinned": ", ".join(pins) or "nothing", "alternatives": others})
     return rows
 
+# %% ../../nbs/core/05_sources.ipynb #9d2b4c61
+def _refusal(
+    origin: Origin,            # where a file was asked for
+    error: Exception | None,   # what came of it
+) -> str:                      # what to do; "" where the server did not want to know who asks
+    "Advice where a server, as the error or one of its causes tells, answered 401 or 403."
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+        if status in (401, 403):
+            where = f"https://huggingface.co/{origin.hub}" if origin.hub else origin.url
+            step = "accept the terms on that page, log in with `hf auth login` (or set HF_TOKEN), and run again" if origin.hub else "get the file there by hand, logged in"
+            return f" {where} gives nothing to somebody unknown (it answered {status}): {step}."
+        error = error.__cause__ or error.__context__
+    return ""
+
 # %% ../../nbs/core/05_sources.ipynb #3c5612aa
 def _advice(
     record: Source,     # the record
     file: SourceFile,   # the file that could not be had
     why: str,           # what happened
     root: str | Path | None,   # the sources root that was searched
+    steps: str = "",           # what the places that were asked want first
 ) -> str:               # the whole message
     "Say what was looked for, where, and what can be done."
     places = [place(o, file.name) for o in (file, *file.alternatives) if place(o)]
-    gate = f" These data need a step of yours first: {record.gated}." if record.gated else ""
+    gate = (f" These data need a step of yours first: {record.gated}." if record.gated else "") + steps
     notes = " ".join(f"Otherwise: {a.note}." for a in file.alternatives if a.note and not place(a))
     return (f"{record.key}: {file.name} could not be had ({why}).{gate} Looked in {root or 'no sources root (none is set)'}, in the cache {settings().cache}"
             + (f", and at {', then at '.join(places)}" if places else "; no download is known for it") + f". {notes + ' ' if notes else ''}Put the file at <sources root>/{record.folder}/{file.name} and set SOURCES (settings.ini, [roots] sources)"
@@ -165,7 +181,7 @@ def _download(
             else: return target
     if len(origins) == 1 and isinstance(failed[0], SourceError): raise failed[0]
     why = "; then ".join(str(e) if isinstance(e, SourceError) else f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else 'no details'}" for e in failed)
-    raise SourceError(_advice(record, file, why, root)) from failed[0]
+    raise SourceError(_advice(record, file, why, root, "".join(map(_refusal, origins, failed)))) from failed[0]
 
 # %% ../../nbs/core/05_sources.ipynb #c65e533c
 def fetch(
