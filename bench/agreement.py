@@ -28,7 +28,7 @@ def one_run(model: str, sources: str, out: str, engine: str, dtype: str, chunk: 
     "In this process: evaluate the settings, and keep the token ids of every completion."
     from tulu_study.evaluation import codex_eval, engines, runner
     from tulu_study.evaluation.benchmark import find_class
-    chosen, ids = wanted(leave_out), {}
+    chosen, hashes = wanted(leave_out), {}
     for key in chosen: find_class(key).max_new_tokens = min(find_class(key).max_new_tokens, tokens)
     if "codex_eval" in chosen:
         load = codex_eval.CodexEval.load
@@ -36,18 +36,15 @@ def one_run(model: str, sources: str, out: str, engine: str, dtype: str, chunk: 
             load(self)
             self.temperature, self.top_p, self.n_samples, self.k, self.ks = 0.0, 1.0, 1, 1, [1]
         codex_eval.CodexEval.load = greedy
-    read = engines.Engine.read
+    encode, read = engines.Engine.encode, engines.Engine.read
+    def hashed(self, prompts):
+        encoded = encode(self, prompts)
+        hashes.update((tuple(row), runner.prompt_hash(prompt)) for prompt, row in zip(prompts, encoded))
+        return encoded
     def keep(self, prompt_ids, rows, decoding):
-        ids[tuple(prompt_ids)] = [int(token) for token in rows[0]]
+        with open(Path(out) / "tokens.jsonl", "a") as file: file.write(json.dumps([hashes[tuple(prompt_ids)], list(prompt_ids), [int(token) for token in rows[0]]]) + "\n")
         return read(self, prompt_ids, rows, decoding)
-    engines.Engine.read = keep
-    generate = engines.Engine.generate
-    def paired(self, prompts, *args, **options):
-        outputs = generate(self, prompts, *args, **options)
-        with open(Path(out) / "tokens.jsonl", "a") as file:
-            for prompt, encoded in zip(prompts, self.encode(prompts)): file.write(json.dumps([runner.prompt_hash(prompt), encoded, ids.get(tuple(encoded), [])]) + "\n")
-        return outputs
-    engines.Engine.generate = paired
+    engines.Engine.encode, engines.Engine.read = hashed, keep
     facts = dict.fromkeys(("model", "base_model", "training_data", "size"), "agreement")
     benchmarks = {key: {"settings": settings, "n": examples} for key, settings in chosen.items()}
     runner.evaluate(facts, benchmarks, model, Path(out) / "predictions", Path(out) / "scores", sources or None, engine=engine, dtype=dtype, chunk_size=chunk, max_length=MAX_LENGTH)
@@ -88,7 +85,6 @@ def compared(first: Path, second: Path, model: str, work: Path, chosen: dict) ->
         for setting in settings:
             name = f"{key}-{setting}"
             a, b = rows_of(first, name), rows_of(second, name)
-            if len(a) != len(b): b = [row for row in b if row["example_id"] in {r["example_id"] for r in a}]   # the second run had more examples
             if [(r["example_id"], r["prompt_hash"]) for r in a] != [(r["example_id"], r["prompt_hash"]) for r in b]: sys.exit(f"{name}: the two runs were not asked the same")
             if [bool(r["error"]) for r in a] != [bool(r["error"]) for r in b]: sys.exit(f"{name}: other examples failed: {[(x['error'], y['error']) for x, y in zip(a, b) if bool(x['error']) != bool(y['error'])][:2]}")
             pairs = [(x, y) for x, y in zip(a, b) if not x["error"]]

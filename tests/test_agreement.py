@@ -35,7 +35,7 @@ def test_both_engines_on_every_benchmark(larger, tmp_path):
     write_sources(tmp_path / "sources", 3)
     left = "codex_eval" if sandbox.problem() else ""
     done = subprocess.run([sys.executable, str(ROOT / "bench" / "agreement.py"), "--model", str(larger), "--sources", str(tmp_path / "sources"), "--examples", "3", "--others", "0", "--tokens", "6",
-                           "--leave-out", left, "--into", str(tmp_path)], capture_output=True, text=True, timeout=540, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                           "--leave-out", left, "--work", str(tmp_path / "work"), "--into", str(tmp_path)], capture_output=True, text=True, timeout=540, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     rows = {row["setting"]: row for row in csv.DictReader((tmp_path / "agreement.csv").read_text().splitlines())}
     assert set(rows) == {f"{key} {setting}" for key, settings in agreement.wanted(left).items() for setting in settings} and len(rows) >= len(benchmarks())
@@ -43,6 +43,9 @@ def test_both_engines_on_every_benchmark(larger, tmp_path):
         assert row["n"] == "3" and row["too long"] == "0" and row["score, first"] == row["score, second"] != "", name
         assert float(row["identical"] or row["same choice"]) == 1 or float(row["largest gap there"]) < agreement.TIE, name
         if row["same choice"]: assert float(row["largest difference of log-probabilities"]) < agreement.NOISE[name.endswith(" mc")], name
+    for engine in ("vllm", "transformers"):  # what a difference would be explained from
+        kept = agreement.tokens_of(tmp_path / "work" / f"{engine}-float32-64-3")
+        assert all(row["prompt_hash"] in kept and kept[row["prompt_hash"]][1] for row in agreement.rows_of(tmp_path / "work" / f"{engine}-float32-64-3", "gsm-cot"))
     page = (tmp_path / "agreement.md").read_text()
     assert "mmlu 5shot" in page and "tydiqa gold_passage" in page and "mgsm cot" in page and "none." in page
 
