@@ -9,7 +9,7 @@ from fastcore.script import anno_parser, call_parse
 from tulu_study.core.cells import CellError, CellInterrupted, check_parameters, read_manifest, run_cell
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
-from tulu_study.core.params import ParamsError, benchmarks, datasets, models
+from tulu_study.core.params import ParamsError, benchmarks, datasets, models, tokenizers
 from tulu_study.core.process import Held, die_with_parent, hold, start_child
 from tulu_study.core.settings import packaged_root, project_root, settings
 from tulu_study.core.sources import SourceError, acquisition
@@ -42,6 +42,7 @@ def plan(
     print(_table(rows, ["", "cell", "state", "reason"]))
     counts = collections.Counter(s.word for s in states.values())
     print(f"\n{len(grid)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "." + ("" if counts["done"] == len(grid) else f" `tulu-study run {study}` does the rest."))
+    if lacking := grid.without_tokenizer(): print(f"\n{lacking}")
     if cost or any(models()[m.base].kind == "hub" for m in grid.study.models.values()): _costs(grid, gpu_memory, tflops, utilisation, price)
 
 
@@ -291,11 +292,11 @@ def compare(
 
 @call_parse(pos=["name"])
 def sources(
-    name: str = "",        # a dataset or benchmark, with every place of its files; empty = one line for each file of all
+    name: str = "",        # a dataset, benchmark or tokenizer, with every place of its files; empty = one line for each file of all
 ):
     "Say where raw files are, or where they can be had; downloads nothing."
-    records = {**datasets(), **benchmarks()}
-    if name and name not in records: raise CellError(f"No dataset or benchmark {name!r}; there are {', '.join(records)}.")
+    records = {**datasets(), **benchmarks(), **{record.folder: record for record in tokenizers().values()}}
+    if name and name not in records: raise CellError(f"No dataset, benchmark or tokenizer {name!r}; there are {', '.join(records)}.")
     rows = [[key, row["file"], row["state"], row["pinned"], row["place"]] for key, record in records.items() if name in ("", key) for row in acquisition(record)]
     print(_table(rows if name else _shortened(rows), ["record", "file", "state", "pinned", "place"]))
     if name:
@@ -386,7 +387,7 @@ def _sources_root(
     "Look which datasets and benchmarks have a folder below the sources root."
     if root is None: return False, "none set", "only needed where the hub cannot be reached (settings.ini, [roots] sources)", False
     if not root.is_dir(): return False, f"{root}, which is no folder", "correct [roots] sources in settings.ini (TULU_SOURCES, make … SOURCES=), or make the folder: <dataset or benchmark>/<file>", True
-    records = {**datasets(), **benchmarks()}
+    records = {**datasets(), **benchmarks(), **{record.folder: record for record in tokenizers().values()}}
     there = [key for key, record in records.items() if (root/record.folder).is_dir()]
     return bool(there), f"{root}: {len(there)} of {len(records)} datasets and benchmarks ({', '.join(there) or 'none'})", "its folders should be named as the records in params/ say (tulu-study sources)", True
 

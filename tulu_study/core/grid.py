@@ -10,8 +10,8 @@ from pathlib import Path
 from tulu_study.core import cells as door
 from tulu_study.core.files import hash_json
 from tulu_study.core.process import PATIENCE
-from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir
-from tulu_study.core.sources import find, fingerprint
+from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir, tokenizers
+from tulu_study.core.sources import acquisition, find, fingerprint
 from tulu_study.core.settings import Settings, settings
 
 STAGES = ("world", "convert", "mix", "pretrain", "base_model", "finetune", "evaluate", "table", "figure")
@@ -133,13 +133,33 @@ class Grid(dict):
     def _data(self):
         study, wanted = self.study, [d for m in self.study.models.values() for d in m.data if d != "vanilla"]
         parts = [p for d in wanted for p in (mixes()[d].parts if d in mixes() else [d])] + study.data.convert
-        tokenizer = self.sources/study.tokenizer if self.sources else None
-        there = study.world is not None or (tokenizer is not None and tokenizer.is_dir())
+        tokenizer = self._tokenizer()
         for key in dict.fromkeys(parts):
             self._add("convert", key, "convert", dict(dataset=key, protocol=study.protocol, seed=study.seed, max_rejected=study.data.max_rejected, source_root=self._source_root(),
-                      tokenizer_dir=str(tokenizer) if there else ""), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if there else None, "tokenizer_files": self._folder(study.tokenizer)})
+                      tokenizer_dir=tokenizer), self._before, self._origin(datasets()[key]) | {"tokenizer": study.tokenizer if tokenizer else None, "tokenizer_files": self._folder(study.tokenizer) or self._tokenizer_files()})
         for key in dict.fromkeys(d for d in wanted if d in mixes()):
             self._add("mix", key, "mix", dict(mix=key, data_dir=str(self.root/"data")), [f"convert-{p}" for p in mixes()[key].parts], {"record": mixes()[key].model_dump(mode="json")})
+
+    def _tokenizer(self) -> str:
+        "The folder of the tokenizer below the sources, or of its record, which is fetched; empty for neither."
+        place = self.study.tokenizer
+        if self.study.world is not None or (self.sources and (self.sources/place/"tokenizer.json").is_file()): return str(self.sources/place)
+        return place if any(t.folder == place for t in tokenizers().values()) else str(self.sources/place) if self.sources and (self.sources/place).is_dir() else ""
+
+    def _tokenizer_files(self) -> dict | None:
+        "The checksums of a tokenizer that is fetched."
+        record = next((t for t in tokenizers().values() if t.folder == self._tokenizer()), None)
+        return record and {f.name: f.sha256 for f in record.files}
+
+    def without_tokenizer(self) -> str:
+        "What a study lacks whose tokenizer is not here, and where it can be had; empty where it is here."
+        place = self.study.tokenizer
+        if self.study.world is not None or (self.sources and (self.sources/place/"tokenizer.json").is_file()) or (self.site.cache/place/"tokenizer.json").is_file(): return ""
+        record = next((t for t in tokenizers().values() if t.folder == place), None)
+        rows = acquisition(record, self.sources) if record else []
+        if rows and all(row["state"].startswith("in ") for row in rows): return ""
+        where = f"it will be downloaded from {rows[0]['place']} when the first dataset is converted" if rows else "no download is known"
+        return f"The tokenizer {place} is not here: {where}. Where it cannot be had, ShareGPT is not converted and Table 1 shows no lengths; put it at <sources root>/{place} (tulu-study sources)."
 
     def _data_cell(self, key: str) -> str:
         return f"{'mix' if key in mixes() else 'convert'}-{key}"

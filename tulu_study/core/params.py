@@ -6,7 +6,7 @@
 __all__ = ['Weight', 'Name', 'Record', 'Origin', 'SourceFile', 'Source', 'Dataset', 'Mix', 'Decoding', 'BenchmarkSetting',
            'Benchmark', 'Endpoint', 'ModelScale', 'Model', 'StudyModel', 'StudyData', 'Lora', 'StudyTraining',
            'StudyBenchmark', 'StudyEvaluation', 'Study', 'ParamsError', 'params_dir', 'datasets', 'mixes', 'benchmarks',
-           'models', 'load_study']
+           'models', 'tokenizers', 'load_study']
 
 # %% ../../nbs/core/01_params.ipynb #d1ef31e5
 import functools, re
@@ -267,7 +267,7 @@ class Study(Record):
     protocol: Literal["paper", "fixed"] = "paper"
     seed: int = 42
     world: dict | None = None                     # {"seed": …} when the raw sources are the invented world's
-    tokenizer: str = "tokenizers/llama"           # folder below the sources that Table 1 counts lengths with, where it is there
+    tokenizer: str = "tokenizers/llama"           # folder below the sources, or of a record in tokenizers.yaml: what lengths are counted and ShareGPT is split with
     models: dict[str, StudyModel]                 # by the size that they fill in the tables
     data: StudyData = StudyData()
     training: StudyTraining = StudyTraining()
@@ -394,6 +394,7 @@ def datasets() -> dict[str, Dataset]: return _load("datasets", "datasets", Datas
 def mixes() -> dict[str, Mix]: return _load("datasets", "mixes", Mix)
 def benchmarks() -> dict[str, Benchmark]: return _load("benchmarks", "benchmarks", Benchmark)
 def models() -> dict[str, Model]: return _load("models", "models", Model)
+def tokenizers() -> dict[str, Source]: return _load("tokenizers", "tokenizers", Source) if (params_dir()/"tokenizers.yaml").exists() else {}
 
 # %% ../../nbs/core/01_params.ipynb #a7c1e0d2
 def _training_problems(

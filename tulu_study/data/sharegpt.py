@@ -178,8 +178,8 @@ def read_pieces(
     return pieces_of(key, turns, odd, count([text for _, text in turns]), **how)
 
 # %% ../../nbs/data/14_sharegpt.ipynb #59ab23fa
-NO_TOKENIZER = ("sharegpt: found no tokenizer, and the splitting counts tokens with one. Give the folder that holds LLaMA's tokenizer.json as tokenizer= (in a study file: tokenizer, a folder below the sources root); "
-                "the paper's is the one of LLaMA 7B, on the hub in oobabooga/llama-tokenizer. Compare it with SentencePiece before you trust it (bench/sharegpt.py does). "
+NO_TOKENIZER = ("sharegpt: found no tokenizer, and the splitting counts tokens with one. Give the folder that holds LLaMA's tokenizer.json as tokenizer= (in a study file: tokenizer, a folder below the sources root, or that of a record); "
+                "tulu_study.data.llama_tokenizer.tokenizer_folder('tokenizers/llama') fetches the paper's and makes its exact fast version. "
                 "Files that are split already need none: already_split=True")
 
 
