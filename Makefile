@@ -1,7 +1,7 @@
 # make study   set up the environment and run a study (STUDY=nano by default; SOURCES=<folder of raw files>)
 # make test    set up and run everything that CI runs
 # make plan | report | lab | figures | doctor | system-deps | resolve-gpu | clean
-# make bench-data   how fast conversion is, as ratios against named opponents (SOURCES and TOKENIZER = folder with LLaMA's tokenizer, for ShareGPT on real data)
+# make bench-data   how fast conversion is, as ratios against named opponents (SOURCES=<folder of raw files> and TOKENIZER=<folder of LLaMA's tokenizer, default $(SOURCES)/tokenizers/llama> for ShareGPT)
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
 # make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
 # make bench-sandbox     how fast generated code is checked: 164 problems, 20 completions each (SOURCES; needs bubblewrap)
@@ -9,6 +9,8 @@
 STUDY ?= nano
 PYTHON ?= python3
 VENV ?= .venv
+# LLaMA's tokenizer, for timing ShareGPT's splitting: beside the raw files
+TOKENIZER ?= $(if $(SOURCES),$(wildcard $(SOURCES)/tokenizers/llama))
 # set-up is complete when this stamp is newer than the packaging files
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
@@ -73,8 +75,8 @@ resolve-gpu: setup
 	print(len(found), 'packages, among them', ', '.join(f'{name} {found[name]}' for name in ('torch', 'vllm', 'transformers', 'deepspeed', 'datasets', 'bitsandbytes')))"
 
 bench-data: setup
-	@$(BIN)/python bench/data.py
-	@$(if $(TOKENIZER),$(BIN)/python bench/sharegpt.py --tokenizer "$(TOKENIZER)" $(if $(SOURCES),--source "$(SOURCES)"),echo "ShareGPT's splitting is timed with LLaMA's tokenizer: make bench-data TOKENIZER=<folder with tokenizer.json and tokenizer.model> [SOURCES=…]")
+	@missed=0; $(BIN)/python bench/data.py || missed=1; \
+	$(if $(TOKENIZER),$(BIN)/python bench/sharegpt.py --tokenizer "$(TOKENIZER)" $(if $(SOURCES),--source "$(SOURCES)") || missed=1,echo "ShareGPT's splitting is timed with LLaMA's tokenizer: make bench-data TOKENIZER=<folder with tokenizer.json and tokenizer.model> [SOURCES=…]"); exit $$missed
 
 bench-train: setup
 	@$(BIN)/python bench/train.py --check

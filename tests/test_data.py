@@ -1,5 +1,6 @@
 """Conversion under bad input: nothing raises, nothing is lost, nothing half-written stays behind."""
 import gzip
+import hashlib
 import json
 import random
 
@@ -242,6 +243,8 @@ def test_the_run_notebook_converts_and_applies_the_threshold(tmp_path):
     params = {"dataset": "dolly", "source_root": str(source)}
     manifest = run_cell("convert", {**params, "max_rejected": 0.5}, tmp_path / "a" / "dolly")
     assert {"dolly_data.jsonl", "rejects.jsonl", "report.json"} <= set(manifest["outputs"])
+    data = (source / "dolly" / FILES["dolly"][0]).read_bytes()
+    assert json.loads((tmp_path / "a" / "dolly" / "result.json").read_text())["raw_files"] == {FILES["dolly"][0]: hashlib.sha256(data).hexdigest()}
     assert "tulu_study.data.dolly" in manifest["code"] and "tulu_study.data.cot" not in manifest["code"]
     with pytest.raises(CellError, match="1 of 4 raw records rejected"):
         run_cell("convert", params, tmp_path / "b" / "dolly")

@@ -22,8 +22,8 @@ sentencepiece = pytest.importorskip("sentencepiece")
 def model(tmp_path):
     "A small SentencePiece file made like LLaMA's."
     file = tmp_path / "small.model"
-    with open(file, "wb") as out:
-        texts = [" ".join(["river", "lake", "mountain"][n % 3] * (n % 4 + 1) for n in range(i, i + 30)) + "  " * (i % 9) for i in range(300)]
+    with open(file, "wb") as out:  # made of the texts that it is compared on
+        texts = [" ".join(["river", "lake", "mountain"][n % 3] * (n % 4 + 1) for n in range(i, i + 30)) + "  " * (i % 9) for i in range(300)] + awkward_texts(300)
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=out, vocab_size=320, model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
                                                  normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
     return file
