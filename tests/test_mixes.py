@@ -160,3 +160,26 @@ def test_the_mixes_of_the_paper_are_plain(data):
     found = mixes()
     assert all(found[key].plain for key in ("human_mix", "tulu_mix", "nano_mix")) and found["tulu_mix_unnamed"].parts == found["tulu_mix"].parts
     with pytest.raises(DatasetError, match="tulu_mix_unnamed: no conversations of flan_v2"): mix_datasets("tulu_mix_unnamed", data, data)
+
+
+def test_a_plain_mix_is_as_long_as_its_parts_together(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tulu_study.core.files import read_jsonl
+    from tulu_study.data import convert
+    from tulu_study.data.counting import Lengths, token_lengths
+    from tulu_study.world.sources import write_raw
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for key, n in (("dolly", 30), ("oasst1", 20)):
+        write_raw(key, tmp_path / "raw", n=n)
+        convert(key, tmp_path / "raw", tmp_path, tokenizer=words)
+    mix = Mix(key="two", name="Two", parts=["dolly", "oasst1"])
+    report, whole = mix_datasets(mix, tmp_path, tmp_path / "out"), Lengths(words)
+    whole.add([row["messages"] for row in read_jsonl(tmp_path / "out" / "two" / "two_data.jsonl")])
+    counted = token_lengths(whole, report.lengths["tokenizer"])
+    assert report.lengths["over"] == counted["over"] and report.lengths["table1"] == pytest.approx(counted["table1"])
+    for kind in ("user", "assistant", "total"):
+        assert report.lengths[kind] == pytest.approx({name: counted[kind][name] for name in ("n", "mean", "max")})
+    assert mix_datasets(mix.model_copy(update={"caps": {"dolly": 5}}), tmp_path, tmp_path / "out").lengths is None
+    convert("dolly", tmp_path / "raw", tmp_path)   # not measured any more
+    assert mix_datasets(mix, tmp_path, tmp_path / "out").lengths is None
