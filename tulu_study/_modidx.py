@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'tulu_study.data.mixes._named': ('data/mixes.html#_named', 'tulu_study/data/mixes.py'),
                                        'tulu_study.data.mixes._origin': ('data/mixes.html#_origin', 'tulu_study/data/mixes.py'),
                                        'tulu_study.data.mixes._part': ('data/mixes.html#_part', 'tulu_study/data/mixes.py'),
+                                       'tulu_study.data.mixes._pooled': ('data/mixes.html#_pooled', 'tulu_study/data/mixes.py'),
                                        'tulu_study.data.mixes.conversation_rows': ( 'data/mixes.html#conversation_rows',
                                                                                     'tulu_study/data/mixes.py'),
                                        'tulu_study.data.mixes.copies': ('data/mixes.html#copies', 'tulu_study/data/mixes.py'),

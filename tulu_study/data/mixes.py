@@ -96,6 +96,16 @@ def selected_rows(
             number += stays
 
 # %% ../../nbs/data/20_mixes.ipynb #84a5488b
+def _pooled(
+    parts: list,  # (number of values, their mean, its standard error) of each
+) -> tuple:  # (mean, its standard error)
+    "The mean of several samples together, exactly."
+    total = max(sum(n for n, _, _ in parts), 1)
+    mean = sum(n * own for n, own, _ in parts) / total
+    squares = sum(error**2 * n * (n - 1) + n * (own - mean) ** 2 for n, own, error in parts)
+    return mean, (squares / max(total - 1, 1) / total) ** 0.5
+
+
 def lengths_of_parts(
     paths: dict,  # part -> path of its conversations
     written: dict,  # part -> conversations that were taken of it
@@ -107,7 +117,9 @@ def lengths_of_parts(
         return None
     mean = lambda kind, value: sum(value(lengths) * lengths[kind]["n"] for lengths in found) / max(sum(lengths[kind]["n"] for lengths in found), 1)
     kinds = {kind: {"n": sum(lengths[kind]["n"] for lengths in found), "mean": mean(kind, lambda lengths: lengths[kind]["mean"]), "max": max(lengths[kind]["max"] for lengths in found)} for kind in ("user", "assistant", "total")}
-    table1 = {name: mean(kind, lambda lengths: lengths["table1"][name]) for name, kind in (("prompt", "user"), ("completion", "assistant"))}
+    table1 = {}
+    for name, kind in (("prompt", "user"), ("completion", "assistant")):
+        table1[name], table1[f"{name}_se"] = _pooled([(lengths[kind]["n"], lengths["table1"][name], lengths["table1"][f"{name}_se"]) for lengths in found])
     over = {limit: sum(lengths["over"][limit] for lengths in found) for limit in found[0]["over"]}
     return {"tokenizer": found[0]["tokenizer"], **kinds, "over": over, "table1": {"cut": found[0]["table1"]["cut"], **table1}}
 
