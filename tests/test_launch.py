@@ -10,7 +10,7 @@ import pytest
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.core.grid import Cell, slurm_resources
 from tulu_study.training.config import TrainingError
-from tulu_study.training.launch import _free_port, command_for, first_host, launch
+from tulu_study.training.launch import Progress, _free_port, command_for, first_host, launch
 
 
 @pytest.fixture
@@ -64,6 +64,39 @@ def test_slurm_warns_before_the_time_is_over(tmp_path, monkeypatch):
         assert extra() == expected
     monkeypatch.setenv("TULU_SIGNAL_SECONDS", "soon")
     with pytest.raises(ValueError, match="TULU_SIGNAL_SECONDS is 'soon'; expected seconds"): extra()
+
+
+STEPS = [f"step {n}/2000  loss {3 - n / 1000:.4f}  rate 2.00e-05  1,234 tokens/s  {n} s passed  {2000 - n} s left" for n in range(1, 2001)]
+
+
+def test_an_executed_notebook_gets_some_dozens_of_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TULU_CELL", "1")
+    (tmp_path / "state").mkdir()
+    show = Progress(tmp_path)
+    for line in ["data: 5 conversations", *STEPS, "seconds: 1"]: show(line)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "data: 5 conversations" and said[1] == STEPS[0] and said[-2:] == [STEPS[-1], "seconds: 1"] and 25 < len(said) < 40
+    assert (tmp_path / "state" / "progress").read_text() == STEPS[-1]
+
+
+def test_people_see_a_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TULU_CELL", raising=False)
+    show = Progress(tmp_path)
+    for line in STEPS[99:150]: show(line)      # continued from step 99
+    show("warning: mind this")
+    assert (show.bar.n, show.bar.total, show.bar.initial) == (150, 2000, 99) and "loss=2.8500" in show.bar.postfix and "tokens/s=1,234" in show.bar.postfix
+    for line in STEPS[150:]: show(line)
+    said = capsys.readouterr()
+    assert "warning: mind this" in said.out and "2000/2000" in said.err and "step 100/2000" not in said.out and not (tmp_path / "state").exists()
+
+
+def test_a_running_cell_tells_how_far_it_is(tmp_path, capsys):
+    import time
+    from tulu_study.cli import _telling
+    with _telling("finetune-13B-dolly", tmp_path / "progress", 0.02):
+        (tmp_path / "progress").write_text(STEPS[7])
+        time.sleep(0.3)
+    assert capsys.readouterr().out == f"  … finetune-13B-dolly: {STEPS[7]}\n"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, concurrent.futures, contextlib, csv, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, time
+import collections, concurrent.futures, contextlib, csv, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -169,6 +169,25 @@ def _hold_gpus(wanted: int):
         time.sleep(1)
 
 
+@contextlib.contextmanager
+def _telling(name: str, note: Path, first: float = 30):
+    "Show now and then how far a running fine-tuning is, ever more rarely."
+    done = threading.Event()
+    def tell():
+        seen, pause = "", first
+        while not done.wait(pause):
+            with contextlib.suppress(OSError):
+                if (text := note.read_text()) and text != seen: print(f"  … {name}: {text}", flush=True)
+                seen = text
+            pause = min(1.25 * pause, 600)
+    thread = threading.Thread(target=tell, daemon=True, name="progress")
+    thread.start()
+    try: yield
+    finally:
+        done.set()
+        thread.join()
+
+
 @call_parse
 def cell(
     study: str,            # a study of params/studies, or a path to a study file
@@ -181,7 +200,7 @@ def cell(
     if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")
     known = read_manifest(grid[name].out_dir)
     try:
-        with _hold_gpus(grid[name].gpus): manifest = grids.run(grid, name, force)
+        with _hold_gpus(grid[name].gpus), _telling(name, grid[name].out_dir/"state"/"progress"): manifest = grids.run(grid, name, force)
     except CellInterrupted:
         print(f"~ {name}: stopped as asked; the same command continues", flush=True)
         sys.exit(75)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 from tulu_study.core.process import PATIENCE, start_child
 from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
+from .resume import PROGRESS, state_root
 
 PORT = 29400     # where the agents of several nodes meet, outside Slurm
+STEP = re.compile(r"step (\d+)/(\d+)  loss (\S+)  .*?([\d,]+) tokens/s")   # what the trainer says of an optimiser step
+LINES = 30       # of progress in an executed notebook, at most some more
 SETTINGS = "settings.json"   # in the checkpoint's folder while several nodes train: all of them must see it
 
 
@@ -78,12 +81,13 @@ def _free_port() -> int:
 def launch(
     config: FinetuneConfig | dict,   # what to train
     launcher: str = "auto",          # auto | torchrun | direct
-    echo=print,                      # shows a line of progress
+    echo=None,                       # takes each line that the trainer says; None = a progress bar, or a few lines in an executed notebook
 ) -> list[dict]:                     # the checks of the saved checkpoint, {check, found, expected, passed}
     "Fine-tune in processes of their own. Raises TrainingError with the setting to change, or with the trainer's last lines."
     config = config if isinstance(config, FinetuneConfig) else FinetuneConfig(**config)
     _check_places(config)
     _check_nodes(config)
+    echo = echo or Progress(Path(config.out_dir))
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         command = command_for(config, config.save(Path(config.out_dir if config.nodes > 1 else folder) / SETTINGS), launcher)
         env = environment_for(config, direct="torch.distributed.run" not in command)
@@ -127,6 +131,33 @@ def _signals_to(process: subprocess.Popen):
     try: yield
     finally:
         for one, handler in before.items(): signal.signal(one, handler)
+
+
+class Progress:
+    """Shows what a trainer says: its steps as a bar with loss, tokens per second and the time that is left; in a notebook that papermill executes, where nobody sees a
+    bar move, as some thirty lines. The last step is also noted beside the saved states, for whoever runs the cell."""
+
+    def __init__(self, out_dir: Path):
+        self.note, self.bar, self.due = state_root(out_dir) / PROGRESS, None, 0.0
+
+    def __call__(self, text: str) -> None:
+        found = STEP.match(text)
+        if not found: return self.say(text)
+        step, total = int(found[1]), int(found[2])
+        with contextlib.suppress(OSError): self.note.write_text(text)   # there is no folder once the training is finished
+        if os.environ.get("TULU_CELL"):
+            if step >= self.due or step == total: self.say(text)
+            if step >= self.due: self.due = step + total / LINES
+            return
+        from tqdm.auto import tqdm
+        if self.bar is None: self.bar = tqdm(total=total, initial=step - 1, desc="fine-tuning", unit="step")
+        self.bar.set_postfix({"loss": found[3], "tokens/s": found[4]}, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if step == total: self.bar.close()
+
+    def say(self, text: str) -> None:
+        "Print a line above the bar."
+        self.bar.write(text) if self.bar is not None else print(text, flush=True)
 
 
 def _follow(process: subprocess.Popen, echo) -> tuple[list[str], list[str], str]:

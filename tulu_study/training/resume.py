@@ -13,6 +13,7 @@ from tulu_study.core.files import hash_json, sha256_file, write_atomic
 
 KEPT = 2                       # states on disk, the newest ones
 CHECKSUMS = "checksums.json"   # of a state, written last
+PROGRESS = "progress"          # beside the states: the launcher's last line about a step
 ELSEWHERE = ("__init__", "base", "cards", "launch", "pretrain", "scale", "verification", "weight_diff")   # modules of this package that decide nothing about the training itself
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
 
