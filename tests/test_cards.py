@@ -61,6 +61,31 @@ def test_scores_become_a_model_index(checkpoint, tmp_path):
     assert mmlu.dataset_name == "MMLU" and card.data.model_name == "13B-dolly"
 
 
+def test_the_manifest_stands_on_the_card(checkpoint):
+    manifest = {"key": "abc", "git": {"commit": "0123abcd", "dirty": True}, "seconds": 1234.5, "began": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2.13.0"}, "outputs": {},
+                "hardware": {"processor": "Xeon", "cores": 2, "memory_gib": 24, "gpus": []}, "inputs": {"base_dir": {"cell": "base1"}, "data_file": {"sha256": "d" * 64}, "record": {"key": "x"}}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    for scores, titles in ((None, 1), ([SCORE], 2), (None, 1)):   # written anew each time
+        card = ModelCard.load(update_card(checkpoint, scores))
+        assert card.text.count("## Made with") == 1 and card.text.count("## Scores") == titles - 1 and "## Settings" in card.text
+        for row in ("| commit | 0123abcd with changes |", "| seconds | 1,23", "| hardware | Xeon, 2 cores, 24 GiB |", "| version of torch | 2.13.0 |", f"| input data_file | {'d' * 64} |", "| input base_dir | base1 |"): assert row in card.text, row
+    assert json.loads((checkpoint / "manifest.json").read_text())["outputs"]["README.md"]["bytes"] == (checkpoint / "README.md").stat().st_size
+
+
+def test_the_command(checkpoint, capsys, monkeypatch):
+    import shutil, sys
+    from tulu_study import cli
+    folder = checkpoint.parent / "study" / "checkpoints" / "13B-dolly"
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.setattr(sys, "argv", ["tulu-study", "card", str(folder)])
+    cli.main()
+    assert "no scores yet" in capsys.readouterr().out
+    (folder.parent.parent / "scores" / "13B-dolly").mkdir(parents=True)
+    (folder.parent.parent / "scores" / "13B-dolly" / "gsm-cot.json").write_text(json.dumps(SCORE))
+    cli.main()
+    assert "with its scores" in capsys.readouterr().out and "| gsm | EM 8-shot CoT | 12.5 |" in (folder / "README.md").read_text()
+
+
 def test_scores_of_another_model(checkpoint, tmp_path):
     with pytest.raises(CardError, match="these scores are of 7B-cot, and .* holds 13B-dolly"): update_card(checkpoint, [SCORE, {**SCORE, "model": "7B-cot"}])
     with pytest.raises(CardError, match="holds no scores"): update_card(checkpoint, tmp_path)

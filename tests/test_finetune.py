@@ -114,7 +114,7 @@ def test_the_microbatch_loss_is_the_mean_of_micro_batch_means(train, place, pack
     assert gap(folder, plain_loop(place, "token")) > 10 * TOLERANCE   # the choice matters
 
 
-@pytest.mark.parametrize("micro, ranks, packing", [(8, 1, True), (1, 1, True), (8, 1, False), (1, 2, False)])
+@pytest.mark.parametrize("micro, ranks, packing", [(8, 1, True), (1, 1, True), (8, 1, False), (1, 1, False), (1, 2, False)])
 def test_the_token_loss_does_not_depend_on_the_split(train, launched, micro, ranks, packing):
     same_training(train(f"split-{micro}-{ranks}-{packing}", micro_batch_size=micro, ranks=ranks, packing=packing), launched(2, 1))
 
@@ -273,6 +273,30 @@ def test_a_loss_that_is_not_a_number_names_the_settings_to_change(place):
 def test_missing_inputs_are_named_before_anything_starts(place):
     with pytest.raises(TrainingError, match="not there: base model .*nowhere.* and data file"):
         launch(settings(place, "missing", base_dir="nowhere", data_file="none.jsonl"))
+
+
+def test_texts_longer_than_the_base_model_can_take_are_refused_at_once(place):
+    with pytest.raises(TrainingError, match=r"max_seq_length: found 256, but the base model .* has 128 positions .*take 128 or less"):
+        launch(settings(place, "long", max_seq_length=256), echo=lambda line: None)
+    assert not (place / "long").exists()
+
+
+def test_a_finished_training_is_not_made_again(train, place, monkeypatch):
+    from tulu_study.training import launch as module
+    folder = train("padded", packing=False)
+    before, checks = (folder / "model.safetensors").stat().st_mtime_ns, json.loads((folder / "verification.json").read_text())
+    assert launch(settings(place, "padded", packing=False, threads=2)) == checks and (folder / "model.safetensors").stat().st_mtime_ns == before
+    finished = lambda **changes: module.finished(settings(place, "padded", **{"packing": False, **changes}))
+    assert finished() == checks and finished(seed=1) is None
+    data = place / "other.jsonl"
+    data.write_text((place / "data.jsonl").read_text().replace("plus", "and"))
+    trained = (folder / "trained.json").read_text()
+    assert finished(data_file=str(data)) is None and finished(base_dir=str(place / "opt")) is None
+    (folder / "trained.json").write_text(trained[:-40])
+    try: assert finished() is None
+    finally: (folder / "trained.json").write_text(trained)
+    monkeypatch.setattr("tulu_study.training.resume.code_hash", lambda: "other code")
+    assert finished() is None
 
 
 @pytest.mark.parametrize("error, named", [

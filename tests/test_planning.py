@@ -122,6 +122,13 @@ def test_predictions_are_near_what_was_measured(monkeypatch):
     assert text == "2.00 / 3.00 s (1.5)" and planning.ratio_text(None, 3.0, 1, "s") == "–"
 
 
+def test_a_record_whose_hardware_gives_another_batch_is_refused():
+    from tulu_study.core.params import ModelScale
+    with pytest.raises(ValueError, match="x accumulation is 64, expected 128"): ModelScale(gpus=8, micro_batch_size=2, accumulation=4)
+    hub = [record for record in models().values() if record.kind == "hub"]
+    assert hub and all({"offload", "accumulation"} <= record.scale.model_fields_set for record in hub)
+
+
 def test_a_device_is_measured():
     record = models()["nano-llama-s"]
     assert 1e8 < probe(record, 64, "fp32", 1000, passes=2) < 1e15

@@ -418,6 +418,47 @@ def test_tensorboard_gets_what_the_log_gets_and_changes_nothing(place, fork, tra
     same_bytes(place / "watched", train("whole-2", zero_stage=2))
 
 
+WANDB = """import json, os
+run = None
+class Run:
+    id = name = url = "x"
+    summary = {}
+    def _label(self, **_): pass
+class config(dict):
+    def update(self, *_, **__): pass
+config = config()
+def init(**_):
+    global run
+    run = Run()
+    print(json.dumps([os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")]), file=open(os.environ["SEEN"], "a"))
+def log(*_, **__): pass
+def define_metric(*_, **__): pass
+"""
+
+
+def test_a_continued_training_is_one_run_for_wandb(place, fork, tmp_path, monkeypatch):
+    package = tmp_path / "wandb"
+    (package / "sdk" / "lib").mkdir(parents=True)
+    for folder, text in ((package, WANDB), (package / "sdk", ""), (package / "sdk" / "lib", "")): (folder / "__init__.py").write_text(text)
+    (package / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception): pass")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("one-run", "another"):
+        (place / name).mkdir()
+        path = str(settings(place, name, zero_stage=2, report_to="wandb", save_steps=1).save(place / f"{name}.json"))
+        fork(with_wandb, path, str(tmp_path), 2, status=-9)
+        fork(with_wandb, path, str(tmp_path), 0)
+    (first, how), (second, _), (third, _), (fourth, _) = [json.loads(line) for line in open(tmp_path / "seen")]
+    assert first == second and third == fourth and first != third and len(first) == 12 and how == "allow"
+
+
+def with_wandb(path, package, step):
+    "Train under a stand-in for W&B, killed after a step where one is given."
+    sys.path.insert(0, package)
+    os.environ.pop("WANDB_RUN_ID", None)
+    return broken_off(path, step, signal.SIGKILL) if step else finetune.main(path)
+
+
 def test_a_watcher_that_is_not_installed_is_refused(place, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="report_to .*'wandb', which is not installed: pip install wandb"): settings(place, "x", report_to="wandb")

@@ -46,6 +46,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'tulu_study.core.params.Model.has_origin': ( 'core/params.html#model.has_origin',
                                                                                      'tulu_study/core/params.py'),
                                         'tulu_study.core.params.ModelScale': ('core/params.html#modelscale', 'tulu_study/core/params.py'),
+                                        'tulu_study.core.params.ModelScale.batch': ( 'core/params.html#modelscale.batch',
+                                                                                     'tulu_study/core/params.py'),
                                         'tulu_study.core.params.Origin': ('core/params.html#origin', 'tulu_study/core/params.py'),
                                         'tulu_study.core.params.Origin.one_place': ( 'core/params.html#origin.one_place',
                                                                                      'tulu_study/core/params.py'),

@@ -353,6 +353,19 @@ def export(
 
 
 @call_parse(pos=["path"])
+def card(
+    path: str = "",        # a finished fine-tuning: results/<study>/checkpoints/<model>
+):
+    "Write into a checkpoint's card what its manifest says of its making, and the scores that it has by now."
+    from tulu_study.training.cards import update_card
+    folder = Path(path)
+    if not (folder/"config.json").is_file(): raise CellError("Expected the folder of a finished fine-tuning: results/<study>/checkpoints/<model>.")
+    scores = folder.parent.parent/"scores"/folder.name
+    written = update_card(folder, scores if scores.is_dir() else None)
+    print(f"{os.path.relpath(written)}: " + ("with its scores" if scores.is_dir() else f"no scores yet ({os.path.relpath(scores)})"))
+
+
+@call_parse(pos=["path"])
 def push(
     path: str = "",        # a finished fine-tuning: results/<study>/checkpoints/<model>
     repo: str = "",        # owner/name on the hub
@@ -364,7 +377,7 @@ def push(
     folder = Path(path)
     if not (folder/"config.json").is_file() or not repo: raise CellError("Expected the folder of a finished fine-tuning and --repo owner/name.")
     scores = folder.parent.parent/"scores"/folder.name
-    if scores.is_dir(): update_card(folder, scores)
+    update_card(folder, scores if scores.is_dir() else None)
     done = publish(folder, repo, private=not public, dry_run=dry_run)
     print("\n".join(f"{size:>15,}  {name}" for name, size in done["files"].items()) + f"\n{done['bytes']:>15,}  bytes " + ("would go" if dry_run else "went") + f" to {repo} ({'public' if public else 'private'})")
 
@@ -437,7 +450,7 @@ def doctor():
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 
-COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "compare": compare, "sources": sources, "export": export, "push": push, "weight-diff": weight_diff, "doctor": doctor}
+COMMANDS = {"plan": plan, "run": run, "cell": cell, "figures": figures, "report": report, "evaluate": evaluate, "compare": compare, "sources": sources, "export": export, "card": card, "push": push, "weight-diff": weight_diff, "doctor": doctor}
 
 
 def main() -> None:
@@ -449,7 +462,7 @@ def main() -> None:
         print((f"tulu-study: no command {command!r}\n" if wrong else "") + "\n".join(lines), file=sys.stderr if wrong else sys.stdout)
         sys.exit(2 if wrong else 0)
     function = COMMANDS[command].__wrapped__
-    words, places = sys.argv[2:], {"export": ("path",), "push": ("path",), "weight-diff": ("action",), "evaluate": ("model",), "compare": ("first", "second")}.get(command, ("study", "name"))
+    words, places = sys.argv[2:], {"export": ("path",), "card": ("path",), "push": ("path",), "weight-diff": ("action",), "evaluate": ("model",), "compare": ("first", "second")}.get(command, ("study", "name"))
     if "study" in places and "--study" in words and words.index("--study") + 1 < len(words): words = [words[words.index("--study") + 1], *(w for i, w in enumerate(words) if i not in (at := words.index("--study"), at + 1))]
     given = vars(anno_parser(function, prog=f"tulu-study {command}", pos=[n for n in places if n in inspect.signature(function).parameters]).parse_args(words))
     try: function(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})

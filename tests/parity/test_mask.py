@@ -1,13 +1,17 @@
 """The loss mask, which is found by counting the tokens of prefixes, beside one that is read off the characters: random conversations, every tokenizer at hand."""
 import functools
+import json
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from handlers import MIRROR
 
-NAMES = sorted(folder.name for folder in (MIRROR / "tokenizers").iterdir() if (folder / "tokenizer.json").exists()) if (MIRROR / "tokenizers").is_dir() else []
-FAMILIES = {"llama": "llama", "gpt_neox": "gpt_neox", "gpt2": "opt"}   # what each is completed as; others are taken as they are
+HERE = sorted(folder.name for folder in (MIRROR / "tokenizers").iterdir() if (folder / "tokenizer.json").exists()) if (MIRROR / "tokenizers").is_dir() else []
+NAMES = HERE + ["opt"] * ("gpt2" in HERE)
+FAMILIES = {"llama": "llama", "gpt_neox": "gpt_neox", "opt": "opt"}   # what each is completed as; others are taken as they are
 
 words = st.sampled_from(["a", "heron ", " fish", "\n", "\n\n", "\t", "  ", "<|user|>", "<|assistant|>\n", "</s>", "<|endoftext|>", "<s>", "é", "鷺", "🙂", "\u200b", "ـ", "1234", "!?", "'s"])
 contents = st.lists(st.one_of(words, st.text(max_size=4)), max_size=8).map("".join)
@@ -15,10 +19,30 @@ conversations = st.lists(st.tuples(st.sampled_from(["user", "assistant", "assist
 
 
 @functools.cache
+def opt_folder():
+    "OPT's tokenizer, made of GPT-2's: the same pieces behind <s>, <pad>, </s> and <unk>, and no <|endoftext|>."
+    folder = Path(tempfile.mkdtemp(prefix="opt-"))
+    saved = json.loads((MIRROR / "tokenizers" / "gpt2" / "tokenizer.json").read_text(encoding="utf-8"))
+    pieces = [piece for piece, _ in sorted(saved["model"]["vocab"].items(), key=lambda item: item[1]) if piece != "<|endoftext|>"]
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    saved["model"]["vocab"] = {piece: i for i, piece in enumerate([*specials, *pieces])}
+    saved["added_tokens"] = [{"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for i, piece in enumerate(specials)]
+    (folder / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}))
+    return folder
+
+
+@functools.cache
 def tokenizer_of(name):
     from tulu_study.training import load_tokenizer
-    try: return load_tokenizer(MIRROR / "tokenizers" / name, FAMILIES.get(name))
-    except ValueError: return load_tokenizer(MIRROR / "tokenizers" / name)   # e.g. GPT-2's own files, which lack OPT's padding token
+    return load_tokenizer(opt_folder() if name == "opt" else MIRROR / "tokenizers" / name, FAMILIES.get(name))
+
+
+@pytest.mark.skipif("opt" not in NAMES, reason="the tokenizers are not on this machine (TULU_MIRROR)")
+def test_opts_tokenizer_is_completed_as_the_reference_does():
+    tokenizer = tokenizer_of("opt")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == ("</s>", "</s>", "<pad>", "<unk>") and len(tokenizer) == 50260
+    assert tokenizer("a")["input_ids"][:1] == [2] and tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def spans(messages, eos):

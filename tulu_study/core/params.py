@@ -166,8 +166,14 @@ class ModelScale(Record):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "all"] = "none"   # what lies in the host's memory
     micro_batch_size: int = Field(2, gt=0)   # conversations per GPU and forward pass
-    accumulation: int = Field(1, gt=0)       # forward passes per optimiser step
+    accumulation: int = Field(64, gt=0)      # forward passes per optimiser step
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def batch(self):
+        if (found := self.gpus * self.nodes * self.micro_batch_size * self.accumulation) != 128:
+            raise ValueError(f"gpus x nodes x micro_batch_size x accumulation is {found}, expected 128, the batch size of the paper's runs: correct accumulation or one of the others")
+        return self
 
 class Model(Record):
     "A model: made here (nano), shipped in a package, on the hub, or behind an address (endpoint)."

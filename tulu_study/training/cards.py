@@ -8,6 +8,7 @@ from .config import FinetuneConfig
 
 PAPER = "2306.04751"
 SCORES = "## Scores"   # heading of the section that `update_card` writes anew
+MADE = "## Made with"  # likewise
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (*WEIGHTS, "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template.jinja", "README.md", "adapter/*", "trained.json", "training_log.jsonl", "verification.json")
 ON_REQUEST = "to be requested"   # in the licence of a base model that nobody may pass on
@@ -99,24 +100,35 @@ def _table(scores: list[dict]) -> str:
 
 def update_card(
     checkpoint_dir: str | Path,   # a finished fine-tuning
-    scores,                       # folder of its score files, or [{benchmark, setting, metric, value, low, high, n, protocol, …}]
+    scores=None,                  # folder of its score files, or [{benchmark, setting, metric, value, low, high, n, protocol, …}]; None = none yet
 ) -> Path:                        # its README.md
-    "Put scores, with intervals, protocol and number of examples, into a checkpoint's card: for people and as model-index. CardError for scores of another model."
+    "Put into a checkpoint's card what its manifest says of its making, and its scores, with intervals, protocol and number of examples: for people and as model-index. CardError for scores of another model."
     from huggingface_hub import ModelCard
     folder = Path(checkpoint_dir)
-    settings, found = _trained(folder)["settings"], read_scores(scores)
+    settings, found = _trained(folder)["settings"], read_scores(scores) if scores is not None else []
     if strange := sorted({str(one["model"]) for one in found if one.get("model") not in (None, settings["model"])}):
         raise CardError(f"these scores are of {', '.join(strange)}, and {folder} holds {settings['model']}: give the scores of this checkpoint")
-    if not (results := eval_results(found)): _none(scores)
+    if not (results := eval_results(found)) and scores is not None: _none(scores)
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
     data = card_data(settings)
-    data.eval_results = results
-    text = card.text.split(f"\n{SCORES}\n")[0].strip()
-    written = write_atomic(folder / "README.md", f"---\n{data.to_yaml()}\n---\n\n{text}\n\n{_table(found)}")
-    if manifest := _manifest(folder):   # else the cell would count as damaged: a card is a description, no result
+    data.eval_results = results or None
+    text, manifest = card.text.split(f"\n{SCORES}\n")[0].split(f"\n{MADE}\n")[0].strip(), _manifest(folder)
+    written = write_atomic(folder / "README.md", "\n\n".join(filter(None, [f"---\n{data.to_yaml()}\n---", text, _made(manifest), _table(found) if found else ""])).rstrip() + "\n")
+    if manifest:   # else the cell would count as damaged: a card is a description, no result
         manifest["outputs"]["README.md"] = {"bytes": written.stat().st_size, "sha256": sha256_file(written)}
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
     return written
+
+
+def _made(manifest: dict) -> str:
+    "What a cell's manifest says of the making, for people; nothing without one."
+    if not manifest: return ""
+    git, machine = manifest.get("git") or {}, manifest.get("hardware") or {}
+    flat = {name: next(iter(entry.values())) for name, entry in manifest.get("inputs", {}).items() if isinstance(entry, dict) and set(entry) & {"sha256", "cell"}}
+    rows = [("commit", (git.get("commit") or "not recorded") + (" with changes" if git.get("dirty") else "")), ("begun", manifest.get("began")), ("seconds", f"{manifest['seconds']:,.0f}" if "seconds" in manifest else None),
+            ("hardware", ", ".join(machine["gpus"]) if machine.get("gpus") else f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB" if machine else None),
+            *((f"version of {name}", value) for name, value in manifest.get("versions", {}).items()), ("cell", manifest.get("key")), *((f"input {name}", value) for name, value in flat.items())]
+    return f"{MADE}\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows if value)
 
 
 def _manifest(folder: Path) -> dict:   # {} where the checkpoint is no finished cell of a study

@@ -3,7 +3,7 @@
 `tulu_study.training.launch` starts it. It is `transformers.Trainer` with DeepSpeed ZeRO; ours are the order of the data, its packing, the choice of the loss's
 denominator, the optimiser's groups and schedule (those of the reference), the log, and the numbers that the saved checkpoint is checked against.
 """
-import functools, json, math, os, random, shutil, signal, statistics, sys, time
+import functools, json, math, os, random, shutil, signal, statistics, sys, time, uuid
 from pathlib import Path
 
 from tulu_study.core.cells import hardware
@@ -14,7 +14,7 @@ from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded
 from .lora import adapter_weights, merge, quantised, wrap
 from .packing import best_fit, flatten, register_segments, spread, token_weights, waste, weighted_loss
-from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, read_record, remove, state_root, write_state
+from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, inputs_of, read_record, remove, state_root, write_state
 from .schedule import schedule, total_steps, warmup_steps
 from .store import encoded_once, sizes
 from .tokenizers import _gathered, grow_embeddings, load_tokenizer
@@ -279,7 +279,7 @@ def make_trainer(config: FinetuneConfig, arguments, model, tokenizer, encoded: E
                 attempt(problems, lambda: self.state.save_to_json(str(folder / "trainer_state.json")))
                 attempt(problems, self.log_file.flush)
                 attempt(problems, lambda: shutil.copyfile(log, folder / log.name))
-            return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}, parts, self.args.process_index, config.ranks, f"global_step{step}")
+            return write_state(state_root(config.out_dir), step, whose(), {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "run_id": os.environ.get("WANDB_RUN_ID", "")}, parts, self.args.process_index, config.ranks, f"global_step{step}")
 
     class Log(TrainerCallback):
         "One row per optimiser step in training_log.jsonl, and a line for people now and then."
@@ -397,7 +397,7 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
     tokenizer.save_pretrained(out)
     for weights in out.glob("*.safetensors"): shutil.copymode(out / "config.json", weights)   # the library leaves them readable to their owner alone
     write_atomic(out / "README.md", model_card(config, facts))
-    write_atomic(out / "trained.json", json.dumps({**facts, "settings": config.science(), "tokenizer_length": len(tokenizer),
+    write_atomic(out / "trained.json", json.dumps({**facts, "settings": config.science(), "inputs": inputs_of(config), "tokenizer_length": len(tokenizer),
                                                    "parameters": sum(n["size"] for n in norms.values()), "tensors": norms}, indent=1))
 
 
@@ -471,6 +471,7 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
     whose = functools.cache(lambda: identity(config, encoded.rows))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "runs"))   # one folder, so that the curve of a continued training is one
     resumed, record = choose(state_root(out), whose, rank, config.ranks, say)
+    watch_as_one(config, record)
     trainer = make_trainer(config, arguments, model, tokenizer, encoded, sampler, out / "training_log.jsonl", resumed, whose)
     if resumed:
         trainer.seconds, trainer.cpu_seconds = record["seconds"], record["cpu_seconds"]
@@ -502,6 +503,13 @@ def train(config: FinetuneConfig) -> int:   # 0, or the status of an interrupted
         write_atomic(out / "seconds.json", json.dumps({name: round(value, 2) for name, value in (seconds | {"cpu_seconds": cpu_seconds}).items()} | more))
         remove(state_root(out))
         say("seconds: " + ", ".join(f"{value:.1f} {name}" for name, value in seconds.items()))
+
+
+def watch_as_one(config: FinetuneConfig, record: dict | None) -> None:
+    "Let W&B show a training and its continuations as one run: the run's id stays in the saved states. A name that somebody has set stays."
+    if "wandb" not in config.watchers: return
+    os.environ.setdefault("WANDB_RUN_ID", (record or {}).get("run_id") or uuid.uuid4().hex[:12])
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def leave() -> None:

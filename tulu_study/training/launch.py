@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tulu_study.core.process import PATIENCE, start_child
 from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
-from .resume import PROGRESS, state_root
+from .resume import PROGRESS, inputs_of, state_root
 
 PORT = 29400     # where the agents of several nodes meet, outside Slurm
 STEP = re.compile(r"step (\d+)/(\d+)  loss (\S+)  .*?([\d,]+) tokens/s")   # what the trainer says of an optimiser step
@@ -85,7 +85,9 @@ def launch(
 ) -> list[dict]:                     # the checks of the saved checkpoint, {check, found, expected, passed}
     "Fine-tune in processes of their own. Raises TrainingError with the setting to change, or with the trainer's last lines."
     config = config if isinstance(config, FinetuneConfig) else FinetuneConfig(**config)
-    _check_places(config)
+    _check_inputs(config)
+    if checks := finished(config): return checks
+    _clear_places(config)
     _check_nodes(config)
     echo = echo or Progress(Path(config.out_dir))
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
@@ -108,13 +110,33 @@ def launch(
     return json.loads(checks.read_text())
 
 
-def _check_places(config: FinetuneConfig) -> None:
-    "Look for the inputs, and remove what an earlier run left in the output folder."
-    from .finetune import clear
+def finished(config: FinetuneConfig) -> list[dict] | None:
+    "The checks of a checkpoint that is there already, made of the same data and base model with the same settings and code; None for anything else."
+    from .base import BaseModelError, inspect_base
+    out = Path(config.out_dir)
+    try:
+        trained, checks = (json.loads((out / name).read_text(encoding="utf-8")) for name in ("trained.json", "verification.json"))
+        inspect_base(out)
+    except (OSError, ValueError, BaseModelError): return None
+    same = trained.get("settings") == json.loads(json.dumps(config.science())) and all(check["passed"] for check in checks) and (out / "seconds.json").exists()
+    return checks if same and trained.get("inputs") == inputs_of(config) else None
+
+
+def _check_inputs(config: FinetuneConfig) -> None:
+    "Look for the inputs, and at how long a text the base model can take."
     from .lora import NO_CUDA
     missing = [f"{what} {place}" for what, place in (("base model", config.base_dir), ("data file", config.data_file)) if not Path(place).exists()]
     if missing: raise TrainingError(f"not there: {' and '.join(missing)}: make the base model and convert the data first")
     if config.lora.get("qlora") and config.nodes == 1 and not Path("/dev/nvidiactl").exists(): raise TrainingError(NO_CUDA)
+    try: positions = json.loads((Path(config.base_dir) / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    except (OSError, ValueError): return   # loading says what is wrong with it
+    if positions and config.max_seq_length > positions:
+        raise TrainingError(f"max_seq_length: found {config.max_seq_length}, but the base model {config.base or config.base_dir} has {positions} positions (max_position_embeddings in its config.json): take {positions} or less")
+
+
+def _clear_places(config: FinetuneConfig) -> None:
+    "Remove what an earlier run left in the output folder."
+    from .finetune import clear
     out = Path(config.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     clear(out)

@@ -62,6 +62,11 @@ def identity(config, rows: list) -> dict:
             "versions": {name: version(name) for name in PACKAGES}}
 
 
+def inputs_of(config) -> dict:
+    "Hashes of what a fine-tuning is made from, found without encoding anything."
+    return {"data": sha256_file(Path(config.data_file)), "base model": folder_hash(config.base_dir), "code": code_hash()}
+
+
 def differences(mine: dict, theirs: dict) -> str:
     "Name what two identities disagree in; empty where they agree."
     found = []
