@@ -16,7 +16,7 @@ OF_A_RUN = {"timings", "seconds", "parameters", "predictions_made", "predictions
 
 
 def environment(results):
-    return {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"TULU_RESULTS": str(results), "TULU_ROOT": str(ROOT)}
+    return {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"TULU_RESULTS": str(results), "TULU_ROOT": str(ROOT), "PYTHONPATH": str(ROOT)}
 
 
 def start(results, *words):
