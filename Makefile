@@ -5,6 +5,7 @@
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
 # make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
 # make bench-sandbox     how fast generated code is checked: 164 problems, 20 completions each (SOURCES; needs bubblewrap)
+# make bench-eval   how fast evaluation is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with gsm8k and mmlu)
 
 STUDY ?= nano
 PYTHON ?= python3
@@ -24,7 +25,7 @@ endif
 # a study started by make ends with make
 export TULU_TIED := 1
 
-.PHONY: study plan report lab test check figures doctor setup system-deps resolve-gpu clean readme bench-data bench-train
+.PHONY: study plan report lab test check figures doctor setup system-deps resolve-gpu clean readme bench-data bench-train bench-eval
 .DEFAULT_GOAL := study
 
 study: setup
@@ -87,6 +88,9 @@ bench-agreement: setup
 
 bench-sandbox: setup
 	@$(BIN)/python bench/sandbox.py
+
+bench-eval: setup
+	@$(BIN)/python bench/eval.py --check
 
 readme: setup
 	@$(BIN)/python tools/readme.py
