@@ -19,8 +19,10 @@ import json, sys
 from tulu_study.evaluation.engines import VLLMEngine
 folder, prompts, letters = sys.argv[1], *map(json.loads, sys.argv[2:])
 engine = VLLMEngine(folder)
-ids = [engine.tokenizer.convert_tokens_to_ids(front + letter) for front in ("", "\\u0120") for letter in letters]
-print("FOUND" + json.dumps([[vars(output) for output in engine.generate(prompts, 24)], [output.logprobs for output in engine.option_scores(prompts, ids)]]))
+known = engine.tokenizer.get_vocab()
+ids = [known.get(front + letter, known[letter]) for front in ("", "\u0120") for letter in letters]  # what has no token after a blank stands for itself twice
+asked = sorted(set(ids))
+print("FOUND" + json.dumps([[vars(output) for output in engine.generate(prompts, 24)], [[dict(zip(asked, output.logprobs))[token] for token in ids] for output in engine.option_scores(prompts, asked)]]))
 """
 
 
