@@ -109,6 +109,6 @@ def test_evaluate_prints_what_each_benchmark_could_show(monkeypatch, tmp_path, c
     from tulu_study.evaluation import standalone
     from tulu_study.evaluation.runner import Report
     score = {"benchmark": "gsm", "setting_name": "EM", "n": 50, "n_errors": 0, "errors": [], "n_examples": 50} | percent_with_interval([1.0] * 20 + [0.0] * 30, [""] * 50)
-    monkeypatch.setattr(standalone, "evaluate_any", lambda *args, **options: Report([score]))
+    monkeypatch.setattr(standalone, "evaluate_any", lambda *args, **options: Report([score], folder=tmp_path))
     cli.evaluate.__wrapped__("model", into=str(tmp_path))
     assert f" {100 * minimum_detectable(50, math.sqrt(0.5)):.1f} " in capsys.readouterr().out
