@@ -1,12 +1,12 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, concurrent.futures, contextlib, csv, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import collections, concurrent.futures, contextlib, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
 
-from tulu_study.core.cells import CellError, CellInterrupted, check_parameters, read_manifest, run_cell
+from tulu_study.core.cells import CellError, CellInterrupted, read_manifest, run_cell
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
 from tulu_study.core.params import ParamsError, benchmarks, datasets, models, tokenizers

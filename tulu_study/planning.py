@@ -6,7 +6,7 @@ prediction and measurement stand side by side."""
 import functools, json
 from pathlib import Path
 
-from tulu_study.core.cells import hardware, read_manifest
+from tulu_study.core.cells import hardware
 from tulu_study.core.grid import Grid
 from tulu_study.core.params import Lora, datasets, mixes, models
 from tulu_study.training.scale import Rates, Scale, adapter_size, estimate, growth_bytes, probe, training_flops
