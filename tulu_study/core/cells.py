@@ -3,7 +3,7 @@
 papermill alone lets three mistakes pass with exit code 0: a notebook without a `parameters` cell, an unknown parameter, and a value of the
 wrong type. `run_cell` refuses all three before a kernel starts. Afterwards it writes `manifest.json`, last and atomically: no manifest, no cell."""
 import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, signal, subprocess, sys, threading, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tulu_study.core.files import hash_json, sha256_file, write_atomic

@@ -10,7 +10,7 @@ from pathlib import Path
 from tulu_study.core import cells as door
 from tulu_study.core.files import hash_json
 from tulu_study.core.process import PATIENCE
-from tulu_study.core.params import Benchmark, Dataset, Mix, Study, benchmarks, datasets, load_study, mixes, models, params_dir, tokenizers
+from tulu_study.core.params import Benchmark, Dataset, Study, benchmarks, datasets, load_study, mixes, models, params_dir, tokenizers
 from tulu_study.core.sources import acquisition, find, fingerprint
 from tulu_study.core.settings import Settings, settings
 

@@ -6,7 +6,7 @@
 __all__ = ['SourceError', 'find', 'check', 'place', 'acquisition', 'fetch', 'fingerprint']
 
 # %% ../../nbs/core/05_sources.ipynb #b1117f69
-import fcntl, gzip, os, shutil, tarfile
+import fcntl, os, shutil, tarfile
 from pathlib import Path
 from tqdm.auto import tqdm
 from .files import sha256_file, write_atomic

@@ -24,7 +24,7 @@ from ..core.sources import fetch
 from .counting import Lengths, named_tokenizer, ready, token_lengths
 from .reading import BadRecord, RawRecord, read_records
 from .streams import BATCH, LARGE, Growing, Ledger, Place, Pool, Unsplittable, blocks_of, cores, write_conversations
-from .validation import Tally, add_tallies, summary_of, turns_of, validation_table
+from .validation import Tally, add_tallies, summary_of, turns_of
 
 # %% ../../nbs/data/02_conversion.ipynb #6839d5b1
 CONVERTERS = {}  # dataset key -> function

@@ -167,8 +167,9 @@ def segment_attention(
         flat, bounds = [x[0].transpose(0, 1) for x in (query, key, value)], cu_seq_lens_q
         return varlen_attn(*flat, bounds, bounds, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] != query.shape[1])[None], None
     lengths = cu_seq_lens_q.diff().tolist()
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-    return torch.cat([sdpa_attention_forward(module, *piece, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for piece in pieces], dim=1), None
+    inputs = (query, key, value) if query.is_cuda else [x.float() for x in (query, key, value)]
+    pieces = zip(*(x.split(lengths, dim=2) for x in inputs))
+    return torch.cat([sdpa_attention_forward(module, *piece, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for piece in pieces], dim=1).to(query.dtype), None
 
 # %% ../../nbs/training/03_packing.ipynb #759498ea
 def register_segments() -> str:  # name to load a model with: attn_implementation=register_segments()

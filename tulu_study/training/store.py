@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tulu_study.core.files import hash_json, read_jsonl, sha256_file, write_atomic
-from .encoding import IGNORED, Encoded, encode_all
+from .encoding import Encoded, encode_all
 from .packing import supervised
 from .resume import code_hash, gathered, state_root
 
