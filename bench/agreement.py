@@ -69,7 +69,7 @@ def child(*words):
 
 
 def rows_of(out: Path, name: str) -> list:
-    return [json.loads(line) for line in (out / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (out / "predictions" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
 
 
 def tokens_of(out: Path) -> dict:

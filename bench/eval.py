@@ -76,7 +76,7 @@ metric_list:
 
 # ---- one measurement, in a process of its own
 
-def rows_of(path: Path) -> list: return [json.loads(line) for line in path.read_text().splitlines()]
+def rows_of(path: Path) -> list: return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def measure_ours(spec: dict) -> dict:

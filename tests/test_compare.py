@@ -99,6 +99,7 @@ def test_a_score_says_what_it_could_have_shown():
     macro, micro = (percent_with_interval(list(values), list(names), average) for average in ("macro", "micro"))
     se = bootstrap(values, names, average="macro").se
     assert macro["detectable"] == pytest.approx((t.ppf(0.975, 8) + t.ppf(0.8, 8)) * 100 * se * math.sqrt(2), abs=1e-5)
+    assert percent_with_interval([0.0] * 180, [f"g{i % 9}" for i in range(180)], "macro")["detectable"] == micro["detectable"], "nothing right anywhere shows no difference more easily"
     assert micro["detectable"] == pytest.approx(100 * minimum_detectable(180, math.sqrt(0.5)), abs=1e-5) and percent_with_interval([], [])["detectable"] is None
     change = paired_difference(values, np.clip(values - 0.1 - 0.3 * rng.random(180), 0, 1), names, average="macro")
     assert change.units == 9 and smallest_change(change.se, change.n, change.units) == pytest.approx((t.ppf(0.975, 8) + t.ppf(0.8, 8)) * change.se)

@@ -153,7 +153,7 @@ def test_a_timeout_is_tried_again(server):
 def test_it_gives_up_and_says_why(server):
     server.plan = ["no json"] * 6
     output, = engine_for(server).generate(["x"], 8)
-    assert output.texts == [] and output.error.startswith("engine: 6 attempts without an answer, the last: the answer cannot be read")
+    assert output.texts == [] and output.error.startswith("engine: unanswered: 6 attempts, the last: the answer cannot be read")
 
 
 @pytest.mark.parametrize("headers, low", [([("Retry-After", "7")], 7), ([("retry-after-ms", "2500")], 2.5), ([("Retry-After", "date")], 8)])
@@ -300,7 +300,7 @@ def test_what_it_needs_it_says(server, tmp_path, monkeypatch):
 def test_cost_before_and_after(server):
     engine = engine_for(server, price_in=30, price_out=60)
     before = engine.estimate(["one two three", "four"], max_new_tokens=100, n=2)
-    assert before == {"requests": 2, "prompt_tokens": 4, "completion_tokens": 400, "dollars": pytest.approx((4 * 30 + 400 * 60) / 1e6)}
+    assert before == {"requests": 2, "prompt_tokens": 19 + 17, "completion_tokens": 400, "dollars": pytest.approx((36 * 30 + 400 * 60) / 1e6)}
     engine.generate(["one two three", "four"], 8)
     assert engine.spent()["dollars"] == pytest.approx((20 * 30 + 6 * 60) / 1e6) and engine.spent()["estimated"] == 0
     server.usage = False
@@ -386,10 +386,22 @@ def test_benchmarks_that_ask_chat_models_in_other_words():
 def test_an_outage_stores_nothing_and_the_same_command_continues(server, sources, tmp_path):
     engine = engine_for(server, concurrency=1)
     server.plan = [None, None, None, *["no json"] * 18]
-    with pytest.raises(EngineError, match="gsm-direct: 3 requests failed one after the other; the first: engine: 6 attempts"): evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
+    with pytest.raises(EngineError, match="gsm-direct: 3 requests failed one after the other; the first: engine: unanswered: 6 attempts"): evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
     assert len(read_predictions(tmp_path / "p" / "gsm-direct.jsonl")) == 3
     report = evaluate(MODEL, {"gsm": BENCHMARKS["gsm"]}, None, tmp_path / "p", tmp_path / "s", sources, engine, chunk_size=3)
     assert (report.kept, report.made) == (3, 5)
+
+
+def test_an_outage_over_the_last_questions_is_asked_again(server, sources, tmp_path):
+    "Fewer failures than end a run: they are counted in the score, and are not taken for finished."
+    def run(): return evaluate(MODEL, BENCHMARKS, None, tmp_path / "p", tmp_path / "s", sources, engine_for(server, concurrency=1))
+    server.answer = lambda body: [" B" if body["max_tokens"] == 1 else "42"]
+    server.plan = [None] * 8 + ["no json"] * 24
+    report = run()
+    assert report.made == 12 and report.scores[1]["n_errors"] == 4 and report.scores[1]["value"] is None
+    report = run()
+    assert (report.kept, report.made) == (8, 4) and report.scores[1]["n_errors"] == 0 and report.scores[1]["n"] == 4
+    assert run().made == 0 and len(read_predictions(tmp_path / "p" / "mmlu-0shot.jsonl")) == 4
 
 
 def test_answers_are_handed_over_as_they_come(server):

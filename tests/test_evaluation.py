@@ -396,6 +396,41 @@ def test_examples_that_are_not_asked_for_this_time_are_kept(noted, checkpoint, s
     assert run("all").made == 0 and (tmp_path / "p" / "gsm-direct.jsonl").read_bytes() == whole and not list((tmp_path / "p").glob("*.old.jsonl"))
 
 
+def test_where_chunks_keep_company_too(noted, checkpoint, sources, tmp_path):
+    "They are put aside, and said so; a chunk with them in it is not whole and is asked anew."
+    def run(n): return evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": n}}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS)
+    run("all")
+    before = {json.dumps(row, sort_keys=True) for row in read_predictions(tmp_path / "p" / "gsm-direct.jsonl")}
+    with pytest.warns(UserWarning, match="24 predictions are of examples that are not asked for now; they are kept as gsm-direct"): run(6)
+    old, = (tmp_path / "p").glob("*.old.jsonl")
+    assert {json.dumps(row, sort_keys=True) for row in [*read_predictions(old), *read_predictions(tmp_path / "p" / "gsm-direct.jsonl")]} == before
+
+
+def test_a_kill_while_predictions_change_places_mixes_nothing(noted, checkpoint, sources, tmp_path, monkeypatch):
+    from tulu_study.evaluation import runner
+    def run(**options): return evaluate(MODEL, {"gsm": {"settings": ["direct"], "n": 12}}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS | {"resume": "example"} | options)
+    path, write = tmp_path / "p" / "gsm-direct.jsonl", runner.write_atomic
+    run()
+    first = path.read_bytes()
+    with pytest.warns(UserWarning, match="another dtype"): run(dtype="bfloat16")
+    write_atomic(path, path.read_bytes().replace(b'"finish"', b'"sixteen": 1, "finish"'))
+    second = path.read_bytes()
+    def dies(place, content):
+        if place.name.endswith(".identity.json"): raise KeyboardInterrupt
+        write(place, content)
+    monkeypatch.setattr(runner, "write_atomic", dies)
+    with pytest.warns(UserWarning, match="another dtype"), pytest.raises(KeyboardInterrupt): run()
+    monkeypatch.setattr(runner, "write_atomic", write)
+    assert run(dtype="bfloat16").made == 0 and path.read_bytes() == second
+    with pytest.warns(UserWarning, match="another dtype"): assert run().made == 0
+    assert path.read_bytes() == first
+
+
+def test_rows_of_a_second_writer_are_no_second_answer(noted, checkpoint, sources, tmp_path):
+    def run(): return evaluate(MODEL, {"gsm": {"settings": ["direct", "direct"], "n": 12}}, checkpoint, tmp_path / "p", tmp_path / "s", sources, **OPTIONS | {"resume": "example"})
+    with pytest.raises(ValueError, match="holds 24 predictions, expected one for each of 12 examples"): run()
+
+
 def test_the_engine_is_gone_before_a_judge_is_asked(noted, checkpoint, sources, tmp_path, monkeypatch):
     "Both want the GPU."
     from tulu_study.evaluation.gsm import GSM

@@ -240,8 +240,13 @@ def test_limit_by_the_clock_is_stretched_for_a_starved_program_only():
     began = time.monotonic()
     assert attempt(busy, timeout=1.0) == "timed out" and time.monotonic() - began < 10
     one_call = "def check(candidate): assert candidate(2, 3) == 5"
-    assert attempt(asleep.format(1.2), timeout=1.0, test=one_call) == "passed"  # waiting for the processor looks the same
-    assert attempt(asleep.format(4.5), timeout=1.0, test=one_call) == "timed out"
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    try: assert attempt("import time\nwhile time.process_time() < 0.25: pass\nreturn a + b", timeout=1.0, test=one_call) == "passed"
+    finally:
+        for other in others: other.kill(), other.wait()
+    assert attempt(asleep.format(0.2), timeout=1.0, test=one_call) == "passed"
+    assert attempt(asleep.format(2.0), timeout=1.0, test=one_call) == "timed out"
+    assert attempt("import threading\nthreading.Event().wait(2.0)\nreturn a + b", timeout=1.0, test=one_call) == "timed out"
 
 
 @needs_sandbox

@@ -15,7 +15,7 @@ WANTED = {"gsm": {"settings": ["direct"], "n": 4}, "mmlu": {"settings": ["0shot"
 
 def test_which_benchmarks():
     assert parse_benchmarks("gsm:cot,mmlu", n=5) == {"gsm": {"settings": ["cot"], "n": 5, "per_group": None}, "mmlu": {"settings": ["0shot", "5shot"], "n": 5, "per_group": None}}
-    assert parse_benchmarks("mmlu:5shot+0shot,mmlu:0shot")["mmlu"]["settings"] == ["5shot", "0shot"]
+    assert parse_benchmarks("mmlu:5shot+0shot,mmlu:0shot")["mmlu"]["settings"] == parse_benchmarks("mmlu:5shot+5shot+0shot")["mmlu"]["settings"] == ["5shot", "0shot"]
     with pytest.raises(ValueError, match="no benchmark 'gms'; mmlu has no setting '3shot', it has 0shot, 5shot"): parse_benchmarks("gms,mmlu:3shot")
     with pytest.raises(ValueError, match="names none"): parse_benchmarks(" , ")
 

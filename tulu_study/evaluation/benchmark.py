@@ -247,7 +247,7 @@ def detectable(
 ) -> float:  # points
     "The smallest true difference to an independent model that this benchmark would show, 4 times in 5."
     from tulu_study.core.stats import minimum_detectable
-    if "groups" not in found.method: return minimum_detectable(found.n, 100 * 0.5**0.5, found.level)
+    if "groups" not in found.method or not found.se: return minimum_detectable(found.n, 100 * 0.5**0.5, found.level)   # without spread between groups: as if examples were independent
     return minimum_detectable(found.n, (2 * found.units)**0.5 * found.se, found.level, groups=found.units)
 
 

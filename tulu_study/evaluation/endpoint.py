@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tulu_study.core.files import append_jsonl, hash_json
 from tulu_study.core.params import Endpoint
-from tulu_study.evaluation.engines import UNBOUNDED, Engine, EngineError, Output, cut_at_stop, describe, prompt_seed
+from tulu_study.evaluation.engines import UNANSWERED, UNBOUNDED, Engine, EngineError, Output, cut_at_stop, describe, prompt_seed
 
 __all__ = ["EndpointEngine", "EstimatedTokens", "Recording", "Pace", "NOT_LISTED"]
 
@@ -151,7 +151,7 @@ class EndpointEngine(Engine):
 
     def identity(self) -> dict:
         "What decides an answer, for the runner's sidecar; no key, no price."
-        return {"checkpoint": hash_json(self.record.model_dump(include={"url", "model", "api", "options"})), "engine": self.version, "dtype": self.dtype}
+        return {"checkpoint": hash_json(self.record.model_dump(include={"url", "model", "api", "options", "logprobs"})), "engine": self.version, "dtype": self.dtype}
 
     def load_tokenizer(self):
         if not self.record.tokenizer: return EstimatedTokens()
@@ -161,6 +161,10 @@ class EndpointEngine(Engine):
         return tokenizer
 
     def count(self, text) -> int: return len(self.tokenizer(text)["input_ids"])
+
+    def generously(self, text) -> int:
+        "The tokens of a prompt; where they are estimated, with a quarter and the chat's own markers on top."
+        return self.count(text) if self.exact_count else int(self.count(text) * 1.25) + 16
 
     # ---- the contract
 
@@ -210,7 +214,7 @@ class EndpointEngine(Engine):
 
     def complete(self, prompt, decoding) -> Output:
         "Text of one prompt; `top_k` cannot be asked for in this protocol."
-        size = self.count(prompt) if self.exact_count else int(self.count(prompt) * 1.25) + 16  # an estimate is taken generously: servers refuse what may not fit
+        size = self.generously(prompt)  # servers refuse what may not fit
         room = max(1, min(decoding.max_new_tokens, self.max_length - size))
         answer = self.answer(self.body(prompt, room, decoding.stop, decoding.temperature, decoding.top_p, decoding.n), prompt)
         if len(answer["texts"]) != decoding.n: raise Failed(f"no text: {len(answer['texts'])} completions came back, {decoding.n} were asked for")
@@ -243,7 +247,7 @@ class EndpointEngine(Engine):
         if self.recording is not None and (known := self.recording.answers.get(key)):
             with self.lock: self.usage["from_recording"] += 1
             return known
-        if self.replayed: raise Failed(f"engine: no recorded answer to this request in {self.recording.path.name}; record it first")
+        if self.replayed: raise Failed(f"{UNANSWERED}: no recorded answer to this request in {self.recording.path.name}; record it first")
         found = self.ask(body, self.count(prompt) + body["max_tokens"] * body["n"])
         if found["prompt_tokens"] is None:
             found["prompt_tokens"], found["completion_tokens"] = self.count(prompt), sum(self.count(text or "") for text in found["texts"])
@@ -272,9 +276,9 @@ class EndpointEngine(Engine):
                     reason = self.refusal(reply)
                     wait = retry_after(reply.headers)
             if attempt + 1 == self.attempts: break
-            if wait is not None and wait > self.longest_wait: raise Failed(f"engine: {reason}; the endpoint asks to wait {wait:.0f} s, longer than {self.longest_wait:.0f} s")
+            if wait is not None and wait > self.longest_wait: raise Failed(f"{UNANSWERED}: {reason}; the endpoint asks to wait {wait:.0f} s, longer than {self.longest_wait:.0f} s")
             self.back_off(attempt, wait)
-        raise Failed(f"engine: {self.attempts} attempts without an answer, the last: {reason}")
+        raise Failed(f"{UNANSWERED}: {self.attempts} attempts, the last: {reason}")
 
     def back_off(self, attempt, asked):
         "Wait before the next attempt; everybody waits where the server has named a time."
@@ -334,7 +338,7 @@ class EndpointEngine(Engine):
         n: int = 1,  # samples per prompt
     ) -> dict:  # requests, prompt_tokens, completion_tokens and dollars, the last two at most
         "What asking will cost at most: every completion as long as it may be, nothing recorded yet."
-        prompt_tokens, completion_tokens = sum(map(self.count, prompts)), len(prompts) * max_new_tokens * n
+        prompt_tokens, completion_tokens = sum(map(self.generously, prompts)), len(prompts) * max_new_tokens * n
         return {"requests": len(prompts), "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "dollars": self.dollars(prompt_tokens, completion_tokens)}
 
     def dollars(self, prompt_tokens, completion_tokens) -> float:

@@ -30,6 +30,7 @@ from tulu_study.core.settings import settings
 
 __all__ = ["EngineError", "Output", "Decoding", "Request", "Engine", "TransformersEngine", "VLLMEngine", "choose_engine", "leading_bos", "make_engine"]
 
+UNANSWERED = "engine: unanswered"  # how the error of a request begins that may succeed at another time
 UNBOUNDED = 1 << 40  # a tokenizer's own limit is silenced: length is checked here, against the model
 FRONT = {"<s>": "LLaMA", "<|begin_of_text|>": "Llama 3", "</s>": "OPT"}  # BOS tokens of families that saw one in front of every text
 FRONTED = ("llama", "mistral", "opt")  # and the model types of these families

@@ -10,7 +10,7 @@ examples. What an interrupted run left is kept in one of two ways:
 
 Beside `<benchmark>-<setting>.jsonl` lies `<benchmark>-<setting>.identity.json`: the checkpoint's hash, engine, dtype and everything else that
 changes a completion. When it differs, the predictions are not this run's: they go to `<benchmark>-<setting>.<hash of their identity>.old.jsonl` and come back
-when that identity does. An example that is not asked for this time goes there too.
+when that identity does. Examples that are not asked for this time go there too; with `resume="example"` they come back when they are asked for.
 
 What a benchmark needs for scoring (a sandbox, a judge) is asked for before the engine starts (`Benchmark.ready`); what it does after generating
 (`Benchmark.finish`: run code, ask the judge) begins when the engine has given its memory back, and is kept per completion in
@@ -28,7 +28,7 @@ from pathlib import Path
 from tulu_study.core.files import cut_torn_line, hash_json, sha256_file, write_atomic, write_jsonl
 from tulu_study.core.settings import settings
 from tulu_study.evaluation.benchmark import load_benchmark, prompt_hash, prompts_hash
-from tulu_study.evaluation.engines import ENGINES, Decoding, Engine, EngineError, Request, choose_engine, installed_version, leading_bos
+from tulu_study.evaluation.engines import ENGINES, UNANSWERED, Decoding, Engine, EngineError, Request, choose_engine, installed_version, leading_bos
 
 __all__ = ["evaluate", "Report", "Task", "checkpoint_hash", "read_predictions"]
 
@@ -117,8 +117,13 @@ class Task:
     def resume(self, identity: dict) -> list:
         "Keep what belongs to this run, put what does not aside; returns the positions of the examples that are still to be asked."
         self.put_aside(identity)
-        rows = readable_rows(self.path)
-        kept = self.whole_chunks(rows) if self.mode == "chunk" else self.wanted(rows, self.old(identity))
+        rows, pool = readable_rows(self.path), self.old(identity)
+        if self.mode == "chunk":
+            kept = self.whole_chunks(rows)
+            if rest := [line for line in rows if row_key(json.loads(line)) not in self.places]:
+                merge(pool, rest)
+                warnings.warn(f"{self.name}: {len(rest)} predictions are of examples that are not asked for now; they are kept as {pool.name}", stacklevel=2)
+        else: kept = self.wanted(rows, pool)
         content = "".join(line + "\n" for line in kept.values()).encode()
         if self.path.is_file() and self.path.read_bytes() != content or content and not self.path.is_file(): write_atomic(self.path, content)
         return [i for i in range(len(self.examples)) if i not in kept]
@@ -126,17 +131,21 @@ class Task:
     def put_aside(self, identity):
         "Where the predictions are another identity's, exchange them for those that this identity left."
         known = json.loads(self.sidecar.read_text(encoding="utf-8")) if self.sidecar.is_file() else None
-        if known == identity: return
+        pairs = [(self.path, self.old(identity)), (self.store, self.old(identity).with_suffix(".checks.jsonl"))]
+        if known != identity: self.leave(known, identity)
+        for path, back in pairs:   # after a kill in the middle, too
+            if back.is_file() and not path.is_file(): os.replace(back, path)
+
+    def leave(self, known, identity):
+        "Move the predictions of another identity away; only then does the sidecar name the present one, so that no kill gives one the other's rows."
         if self.path.is_file() and self.path.stat().st_size:
             place = self.old(known or {})
-            if place.is_file(): write_jsonl(place, {row_key(row): row for row in map(json.loads, [*readable_rows(place), *readable_rows(self.path)])}.values())
+            if place.is_file(): merge(place, readable_rows(self.path))
             else: os.replace(self.path, place)
             changed = [name for name in (known or {}).keys() | identity.keys() if (known or {}).get(name) != identity.get(name)]
             warnings.warn(f"{self.name}: the predictions in {self.path.parent} were made with another {', '.join(sorted(changed))}; they are kept as {place.name}, and come back when the same is asked for again", stacklevel=2)
             if self.store.is_file(): os.replace(self.store, place.with_suffix(".checks.jsonl"))
-        for path, back in ((self.path, self.old(identity)), (self.store, self.old(identity).with_suffix(".checks.jsonl"))):
-            path.unlink(missing_ok=True)
-            if back.is_file(): os.replace(back, path)
+        for path in (self.path, self.store): path.unlink(missing_ok=True)
         write_atomic(self.sidecar, json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
 
     def whole_chunks(self, lines) -> dict:
@@ -150,10 +159,10 @@ class Task:
         return kept
 
     def wanted(self, lines, pool: Path) -> dict:
-        "Position -> line of every example that was answered before; what is not asked for goes to the pool, and nothing is in neither place at any time."
+        "Position -> line of every example that was answered before; what is not asked for goes to the pool, and nothing is in neither place at any time. What an endpoint left unanswered is asked again."
         there = readable_rows(pool)
-        found = {row_key(json.loads(line)): line for line in [*there, *lines]}
-        kept = {self.places[key]: line for key, line in found.items() if key in self.places}
+        found = by_key([*there, *lines])
+        kept = {self.places[key]: line for key, line in found.items() if key in self.places and not (json.loads(line).get("error") or "").startswith(UNANSWERED)}
         rest = [line for key, line in found.items() if key not in self.places]
         if rest == there: return kept
         write_atomic(pool, "".join(line + "\n" for line in found.values()))
@@ -190,6 +199,16 @@ def row_key(row: dict) -> tuple:
     return row.get("example_id"), row.get("prompt_hash"), json.dumps(row.get("target"), ensure_ascii=False)
 
 
+def by_key(lines: list) -> dict:
+    "Lines by what they answer; of two, the later one."
+    return {row_key(json.loads(line)): line for line in lines}
+
+
+def merge(place: Path, lines: list):
+    "Add predictions to those that were put aside earlier."
+    write_atomic(place, "".join(line + "\n" for line in by_key([*readable_rows(place), *lines]).values()))
+
+
 def readable_rows(path: Path) -> list:
     "The lines of a predictions file that hold a row; what follows the last newline is torn."
     if not path.is_file(): return []
@@ -204,7 +223,7 @@ def readable_rows(path: Path) -> list:
 
 def run_requests(running, wanted: list, limit: int | None = None, before: int = 0):
     """Ask about (task, position) pairs and store each answer as it comes; yields the stored rows. An engine that is down is an EngineError, and none of its failures is stored:
-    where nothing succeeds (nor did one of the `before`), or `limit` requests fail one after the other."""
+    where nothing succeeds (nor was anything kept `before`), or `limit` requests fail one after the other."""
     files, failed, stored = {}, [], before
 
     def store(task, row):
@@ -237,6 +256,8 @@ def run_requests(running, wanted: list, limit: int | None = None, before: int = 
 def finished_rows(task: Task) -> list:
     "The predictions in the examples' order, with what the benchmark does after generating; written back where that changed them."
     there = read_predictions(task.path)
+    if len({row_key(row) for row in there}) != len(there) or len(there) != len(task.examples):
+        raise ValueError(f"{task.path} holds {len(there)} predictions, expected one for each of {len(task.examples)} examples. Has another process written there too? Delete it, and the same command asks again")
     before = json.dumps(there)
     rows = task.benchmark.finish(sorted(there, key=lambda row: task.places[row_key(row)]), task.store)
     if json.dumps(rows) != before: write_jsonl(task.path, rows)

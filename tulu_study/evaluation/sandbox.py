@@ -22,7 +22,7 @@ neither ptrace nor `pidfd_getfd` work even without the filter).
 *Out of scope.* A program that answers the tests' calls correctly has passed, whatever it does to find the answers; kernel exploits; timing.
 
 **What differs from the reference**, which runs everything in one process: the limit of three seconds is stretched on a busy machine, so that a score does not
-depend on what else runs; arguments that the program changes in place do not change in the test
+depend on what else runs (for a program that waits for the processor, not for one that sleeps); arguments that the program changes in place do not change in the test
 (no HumanEval test looks); a returned object of an own class equals nothing; only the standard library can be imported; threads and
 processes cannot be started.
 """
@@ -55,7 +55,7 @@ class SandboxError(RuntimeError):
 @dataclass(frozen=True)
 class Limits:
     "What one program may use."
-    timeout: float = 3.0  # seconds by the clock for the program and all its tests; up to three times as long where a busy machine gave it less processor time
+    timeout: float = 3.0  # seconds by the clock for the program and all its tests; up to three times as long where a busy machine gave it less processor time and it does not sleep
     cpu: int = 4  # seconds of processor time
     memory: int = 512 << 20  # bytes of address space
     file: int = 8 << 20  # bytes of one file

@@ -18,6 +18,7 @@ __all__ = ["encode", "decode", "Opaque", "main"]
 LARGEST_MESSAGE = 16 << 20  # bytes
 LONGEST_ERROR = 300  # characters
 PATIENCE = 3  # times the limit by the clock, for a program that has had little processor time in it
+AWAKE = 0.005  # seconds of processor time within half a second that tell a program that waits for the processor from one that sleeps
 
 # System calls that a candidate may not make, by number: other processes and programs, sockets, shared memory (outside the memory limit),
 # name spaces, mounts, tracing, and the kernel's larger surfaces.
@@ -221,20 +222,25 @@ def verdict(task, requests, replies, child):
     "Load the program, run the tests against it; the reference's three words."
     import signal
     import time
-    limit, began = task["limits"]["timeout"], time.monotonic()
+    limit, began, working = task["limits"]["timeout"], time.monotonic(), [True]  # working: the tests, not the program
 
     def stop(number, frame):
         used = processor_time(child) + time.process_time()
-        if used > 0.8 * limit or time.monotonic() - began > PATIENCE * limit: raise TimedOut
+        if used > 0.8 * limit or time.monotonic() - began > PATIENCE * limit or not working[0] and asleep(child): raise TimedOut
         signal.setitimer(signal.ITIMER_REAL, max(0.1, limit - used))  # a busy machine gave it less than its share
+
+    def asked(message):
+        working[0] = False
+        try: return ask(requests, replies, message)
+        finally: working[0] = True
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         try:
-            ask(requests, replies, {"program": task["program"], "entry_point": task["entry_point"], "limits": task["limits"]})
+            asked({"program": task["program"], "entry_point": task["entry_point"], "limits": task["limits"]})
             namespace = helpers(task["prompt"])
-            namespace[task["entry_point"]] = lambda *args, **kwargs: ask(requests, replies, {"args": encode(args), "kwargs": encode(kwargs)})
+            namespace[task["entry_point"]] = lambda *args, **kwargs: asked({"args": encode(args), "kwargs": encode(kwargs)})
             exec(compile(task["test"], "<test>", "exec"), namespace)
             namespace["check"](namespace[task["entry_point"]])
             result = "passed"
@@ -244,6 +250,16 @@ def verdict(task, requests, replies, child):
         signal.setitimer(signal.ITIMER_REAL, 0)
     except TimedOut: result = "timed out"
     return result
+
+
+def asleep(child):
+    "Whether a process lets half a second pass without using the processor."
+    import time
+    before, end = processor_time(child), time.monotonic() + 0.5
+    while time.monotonic() < end:
+        time.sleep(0.01)
+        if processor_time(child) > before + AWAKE: return False
+    return True
 
 
 def processor_time(child):

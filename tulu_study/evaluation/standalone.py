@@ -17,6 +17,7 @@ from statistics import NormalDist
 from tulu_study.core.files import hash_json, write_atomic
 from tulu_study.core.messages import CHAT_TEMPLATE
 from tulu_study.core.params import Endpoint, Model, benchmarks as benchmark_records, models
+from tulu_study.core.process import Held, hold
 from tulu_study.core.settings import project_root, settings
 from tulu_study.evaluation.benchmark import load_benchmark
 from tulu_study.evaluation.endpoint import EndpointEngine
@@ -66,16 +67,20 @@ def evaluate_any(
     if target.endpoint:
         asked = EndpointEngine(target.endpoint, seed, max_length, recording, out / "recording.jsonl" if recording != "off" else None)
         estimate = price(asked, wanted, chat, protocol, source_root, out)
-        if not asked.replayed: say(f"{target.name}: at most {estimate['requests']:,} requests, {estimate['prompt_tokens']:,} prompt and {estimate['completion_tokens']:,} completion tokens, {estimate['dollars']:.2f} dollars")
+        if not asked.replayed: say(f"{target.name}: at most {estimate['requests']:,} requests, {estimate['prompt_tokens']:,} prompt{'' if asked.exact_count else ' (estimated)'} and {estimate['completion_tokens']:,} completion tokens, {estimate['dollars']:.2f} dollars")
         if max_dollars is not None and not asked.replayed and estimate["dollars"] > max_dollars:
             raise ValueError(f"asking {target.name} may cost up to {estimate['dollars']:.2f} dollars, more than max_dollars={max_dollars:g}. Ask for fewer examples (n, per_group), or allow more; nothing was asked")
-        report = evaluate(facts, wanted, None, out / "predictions", out / "scores", source_root, asked, chat=chat, **options)
-        cost = write_cost(out / "cost.json", asked, estimate, report, out / "predictions")
-        say(f"{target.name}: {cost['this_call']['requests']:,} requests now, {cost['this_call']['dollars']:.2f} dollars; all predictions together {cost['all_predictions']['dollars']:.2f} dollars")
-    else:
-        report = evaluate(facts, wanted, target.folder, out / "predictions", out / "scores", source_root, engine, dtype, chat, **options)
-    results = harness_results(target, report, wanted, out / "predictions", protocol)
-    write_atomic(out / f"results_{target.name}.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold(out / ".lock"):
+            if target.endpoint:
+                report = evaluate(facts, wanted, None, out / "predictions", out / "scores", source_root, asked, chat=chat, **options)
+                cost = write_cost(out / "cost.json", asked, estimate, report, out / "predictions")
+                say(f"{target.name}: {cost['this_call']['requests']:,} requests now, {cost['this_call']['dollars']:.2f} dollars; all predictions together {cost['all_predictions']['dollars']:.2f} dollars")
+            else: report = evaluate(facts, wanted, target.folder, out / "predictions", out / "scores", source_root, engine, dtype, chat, **options)
+            results = harness_results(target, report, wanted, out / "predictions", protocol)
+            write_atomic(out / f"results_{target.name}.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    except Held as pid: raise ValueError(f"{out} is being written by process {pid}: wait for it, end it, or name another folder") from None
     report.folder = out
     return report
 
@@ -92,7 +97,7 @@ def parse_benchmarks(
         key, _, settings_wanted = word.partition(":")
         if key not in known: strange.append(f"no benchmark {key!r}")
         else:
-            chosen = settings_wanted.split("+") if settings_wanted else list(known[key].settings)
+            chosen = list(dict.fromkeys(settings_wanted.split("+"))) if settings_wanted else list(known[key].settings)
             strange += [f"{key} has no setting {name!r}, it has {', '.join(known[key].settings)}" for name in chosen if name not in known[key].settings]
             found.setdefault(key, {"settings": [], "n": n, "per_group": per_group})["settings"] += [name for name in chosen if name not in found.get(key, {"settings": []})["settings"]]
     if strange: raise ValueError(f"benchmarks {wanted!r}: {'; '.join(strange)}. There are {', '.join(known)}; write for example gsm:cot,mmlu:0shot+5shot")
@@ -108,7 +113,7 @@ def find_model(
     "Find out what kind of model is meant and get it. Raises FileNotFoundError or ValueError with what was tried."
     record = models().get(model)
     if re.match(r"https?://", model):
-        endpoint = Endpoint(url=model.rstrip("/"), model=served or only_model(model), api=api, logprobs=20, key_variable="OPENAI_API_KEY" if "api.openai.com" in model else None)
+        endpoint = Endpoint(url=model.rstrip("/"), model=served or only_model(model), api=api, logprobs=5 if "api.openai.com" in model and api == "completions" else 20, key_variable="OPENAI_API_KEY" if "api.openai.com" in model else None)
         return Target(file_name(endpoint.model), endpoint=endpoint, source=model)
     if record and record.kind == "endpoint": return Target(record.key, endpoint=record.endpoint, source=model)
     if (Path(model) / "config.json").is_file(): return Target(file_name(Path(model).resolve().name), folder=Path(model), source=model)
