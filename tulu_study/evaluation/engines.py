@@ -432,6 +432,7 @@ def vllm_environment() -> None:
                         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the settings' business
                         "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils")  # of its own import, said to whoever reads a run notebook
 
 
 class VLLMEngine(Engine):
@@ -560,7 +561,7 @@ def choose_engine(
     if wanted not in (*ENGINES, "auto"): raise ValueError(f"engine {wanted!r} is unknown; choose vllm, transformers or auto")
     if wanted == "transformers": return "transformers", None
     try:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        vllm_environment()
         from vllm import LLM, SamplingParams  # noqa: F401  the import itself is the test: an installed vLLM can still be unusable here
         return "vllm", None
     except Exception as error:
