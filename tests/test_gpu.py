@@ -94,3 +94,21 @@ def test_qlora_from_base_to_merged_checkpoint(place, wide):
     ids = torch.arange(5, 45, device="cuda")[None]
     with torch.no_grad(): one, other = adapted(input_ids=ids).logits.float(), merged.cuda().eval()(input_ids=ids).logits
     assert (one - other).abs().max() < 0.05 * other.abs().max()  # 16-bit products beside float32
+
+
+def test_merging_4_bits_takes_one_layer_of_the_gpu(place, wide):
+    "The trained model has made room before; then no second copy of the model may be there, in 16 bits or more."
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+    from tulu_study.training.lora import dequantised, quantised, release
+    config = settings(place, "gpu-room", base_dir=wide, zero_stage=0, precision="bf16", lora={"rank": 8, "qlora": True})
+    empty = torch.cuda.memory_allocated()
+    trained = AutoModelForCausalLM.from_pretrained(wide, **quantised(config))
+    held = torch.cuda.memory_allocated() - empty
+    release(trained)
+    assert held > 0 and torch.cuda.memory_allocated() - empty < held / 4
+    base = AutoModelForCausalLM.from_pretrained(wide, **quantised(config))
+    torch.cuda.reset_peak_memory_stats()
+    before, layer = torch.cuda.memory_allocated(), 2 * 64 * 128   # bytes of the largest layer in 16 bits; there are 14 layers
+    merged = dequantised(base)
+    assert torch.cuda.max_memory_allocated() - before < 2 * layer and {p.device.type for p in merged.parameters()} == {"cpu"}

@@ -1,5 +1,5 @@
 """Low-rank adaptation end to end on the CPU: what trains, what is saved, and that merging changes nothing."""
-import json
+import json, sys, types
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tulu_study.core.params import StudyTraining
 from tulu_study.training.config import TrainingError
 from tulu_study.training.finetune import load_model
 from tulu_study.training.launch import launch
-from tulu_study.training.lora import TARGETS, adapter_norms, quantised
+from tulu_study.training.lora import TARGETS, adapter_norms, dequantised, quantised, release
 from tulu_study.training.tokenizers import load_tokenizer
 from tulu_study.training.verification import verify
 
@@ -93,6 +93,40 @@ def test_qlora_needs_cuda(place):
     config = settings(place, "qlora", lora={"qlora": True}, zero_stage=0, precision="bf16")
     with pytest.raises(TrainingError, match="there is no CUDA device.*take qlora: false"): quantised(config)
     with pytest.raises(TrainingError, match="there is no CUDA device"): launch(config)   # before a process is started
+
+
+@pytest.fixture
+def whole_numbers(place, monkeypatch):
+    "A model as QLoRA loads it, by a made-up bitsandbytes whose layers hold whole numbers with one scale each in place of 4 bits."
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.base import HfQuantizer
+    class Layer(torch.nn.Linear): pass
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", types.SimpleNamespace(Linear4bit=Layer))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", types.SimpleNamespace(dequantize_4bit=lambda data, state: (data * state).bfloat16()))
+    model = AutoModelForCausalLM.from_pretrained(place / "opt", dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or name == "lm_head": continue
+        layer, scale = Layer(module.in_features, module.out_features), module.weight.abs().max().float() / 7
+        layer.weight, layer.bias = torch.nn.Parameter((module.weight / scale).round().to(torch.int8), requires_grad=False), module.bias
+        layer.quant_state = layer.weight.quant_state = scale
+        model.set_submodule(name, layer)
+    model.is_quantized, model.hf_quantizer = True, types.SimpleNamespace(remove_quantization_config=lambda model: HfQuantizer.remove_quantization_config(None, model))
+    return model
+
+
+def test_a_merge_gets_float32_layers_of_what_the_small_numbers_stand_for(whole_numbers):
+    expected = {name: (module.weight * module.weight.quant_state).bfloat16().float() if hasattr(module, "quant_state") else module.weight.float() for name, module in whole_numbers.named_modules() if getattr(module, "weight", None) is not None}
+    found = dequantised(whole_numbers)
+    assert sum(type(module) is torch.nn.Linear for module in found.modules()) == ALL["opt"] + 1 and {p.dtype for p in found.parameters()} == {torch.float32} and not found.is_quantized
+    for name, weight in expected.items(): assert torch.equal(found.get_submodule(name).weight, weight), name
+
+
+def test_a_trained_model_gives_its_memory_back_to_the_merge(whole_numbers):
+    held = dict(whole_numbers.named_parameters())   # as a trainer and its optimiser hold them
+    release(whole_numbers)
+    assert held and all(parameter.numel() == 0 and getattr(parameter, "quant_state", None) is None for parameter in held.values())
+    assert all(getattr(module, "quant_state", None) is None for module in whole_numbers.modules())
 
 
 def test_a_study_file_may_ask_for_it():

@@ -12,7 +12,7 @@ from tulu_study.core.process import die_with_parent
 from .cards import model_card
 from .config import INTERRUPTED, MARK, FinetuneConfig, TrainingError
 from .encoding import IGNORED, Encoded
-from .lora import adapter_weights, merge, quantised, wrap
+from .lora import adapter_weights, merge, quantised, release, wrap
 from .packing import best_fit, flatten, register_segments, spread, token_weights, waste, weighted_loss
 from .resume import Clock, attempt, choose, collected, finished_states, gathered, identity, inputs_of, read_record, remove, state_root, write_state
 from .schedule import schedule, total_steps, warmup_steps
@@ -382,6 +382,9 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
     if config.lora: state = adapter_weights(model)
     else: state = trainer.accelerator.get_state_dict(trainer.model_wrapped)   # collective under ZeRO-3; a tied output layer comes twice
     if int(os.environ.get("RANK", 0)): return
+    if config.lora.get("qlora"):
+        trainer.optimizer.state.clear()
+        release(model)
     if config.lora:
         model, adapter = merge(config, state, len(tokenizer))
         facts, norms, state = facts | {"adapter": adapter}, tensor_norms(model), model.state_dict()

@@ -60,6 +60,31 @@ def adapter_weights(model) -> dict:
     return found
 
 
+def release(model) -> None:
+    "Give back the memory of a trained model's weights, whoever still refers to it: the merge loads the base model once more."
+    import torch
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]: tensor.data, tensor.grad = torch.empty(0, dtype=tensor.dtype), None
+        if getattr(module, "quant_state", None) is not None: module.quant_state = None          # scales of a 4-bit layer, which the layer and its weight both hold
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None: module.weight.quant_state = None
+    torch.cuda.empty_cache()
+
+
+def dequantised(model):
+    "Turn a model of 4-bit layers into what these bits stand for, in float32 on the CPU. Layer by layer: the GPU holds the 4 bits and never more than one layer beside them."
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]:
+        layer = model.get_submodule(name)
+        whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        whole.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state).cpu().float())   # `.to("cpu", float32)` would widen it on the GPU
+        if layer.bias is not None: whole.bias = torch.nn.Parameter(layer.bias.detach().cpu().float())
+        model.set_submodule(name, whole)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model.cpu().float()
+
+
 def merge(config: FinetuneConfig, weights: dict, n_tokens: int) -> tuple:   # (merged model in float32, {name in the adapter's file: {"size", "norm"}})
     "Write the adapter beside the checkpoint, and add it to a fresh copy of the base model. TrainingError when the adapter does not fit."
     import torch
@@ -68,7 +93,7 @@ def merge(config: FinetuneConfig, weights: dict, n_tokens: int) -> tuple:   # (m
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     unset_hf_deepspeed_config()   # this copy is nobody's to spread
     base = AutoModelForCausalLM.from_pretrained(config.base_dir, **({"dtype": torch.float32} | quantised(config)))
-    if config.lora.get("qlora"): base = base.dequantize().to("cpu", torch.float32)
+    if config.lora.get("qlora"): base = dequantised(base)
     grow_embeddings(base, n_tokens, config.protocol, config.seed)
     model = get_peft_model(base, lora_config(config))
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
