@@ -186,3 +186,30 @@ def test_a_benchmark_file_that_comes_later_moves_no_conversion(house, tmp_path):
     (root/"gsm8k"/"test.jsonl").write_text('{"question": "two"}\n')
     got = moved(before, keys(house, "mini"))
     assert {"table-overlap", "evaluate-13B-vanilla"} <= got and not any(n.startswith(("convert", "finetune")) for n in got)
+
+
+def test_a_model_is_evaluated_on_as_many_gpus_as_hold_it(tmp_path, monkeypatch):
+    from tulu_study.core import grid
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    study = (ROOT/"params"/"studies"/"paper.yaml").read_text()
+    said = {}
+    for name, evaluation in {"paper": "", "wide": "gpus: 8, "}.items():
+        (tmp_path/f"{name}.yaml").write_text(study.replace("evaluation: {", f"evaluation: {{{evaluation}"))
+        said[name] = grid.load(str(tmp_path/f"{name}.yaml"))
+    asked = {name: cell.gpus for name, cell in said["paper"].items() if cell.stage == "evaluate"}
+    assert {name.split("-")[1]: n for name, n in asked.items() if name.split("-")[1] in ("7B", "13B", "30B", "65B")} == {"7B": 1, "13B": 1, "30B": 2, "65B": 4} and set(asked.values()) == {1, 2, 4}
+    assert grid.slurm_resources(said["paper"]["evaluate-65B-vanilla"])["slurm_extra"].startswith("--gpus-per-node=4")
+    assert all(said["wide"][name].gpus == 8 and said["wide"][name].key == said["paper"][name].key for name in asked)   # hardware, not what is computed
+
+
+def test_the_weights_to_evaluate_are_those_that_the_plan_counts():
+    from tulu_study.core.grid import ROOM, evaluation_gpus
+    from tulu_study.core.params import models
+    from tulu_study.training.scale import model_size
+    for record in models().values():
+        if record.kind in ("nano", "endpoint"): continue
+        for dtype, each in (("bfloat16", 2), ("float32", 4)):
+            n, weights = evaluation_gpus(record, dtype), each * model_size(record).total
+            assert weights <= 1.001 * n * ROOM and (n == 1 or weights > 0.999 * n / 2 * ROOM) and record.shape["heads"] % n == 0, record.key
+    odd = models()["llama-65b"].model_copy(update={"shape": models()["llama-65b"].shape | {"heads": 66}})
+    assert evaluation_gpus(odd, "bfloat16") == 2 and evaluation_gpus(odd.model_copy(update={"shape": {}}), "bfloat16") == 1

@@ -153,7 +153,7 @@ def _hold_gpus(wanted: int):
     "Lock as many GPUs as a cell asks for and show it only those: Snakemake counts them, but assigns none. Slurm assigns them itself."
     ids = _gpus()
     if not wanted or not ids or os.environ.get("SLURM_JOB_ID"): yield; return
-    if wanted > len(ids): raise CellError(f"This cell asks for {wanted} GPUs, and this machine shows {len(ids)}. Lower training.ranks in the study file, or run it where there are more.")
+    if wanted > len(ids): raise CellError(f"This cell asks for {wanted} GPUs, and this machine shows {len(ids)}. Lower training.ranks in the study file (evaluation.gpus for an evaluation), or run it where there are more.")
     while True:
         with contextlib.ExitStack() as stack:          # all of them or none: two cells that each hold half would wait for ever
             mine = []

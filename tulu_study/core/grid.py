@@ -10,7 +10,7 @@ from pathlib import Path
 from tulu_study.core import cells as door
 from tulu_study.core.files import hash_json
 from tulu_study.core.process import PATIENCE
-from tulu_study.core.params import Benchmark, Dataset, Study, benchmarks, datasets, load_study, mixes, models, params_dir, tokenizers
+from tulu_study.core.params import Benchmark, Dataset, Model, Study, benchmarks, datasets, load_study, mixes, models, params_dir, tokenizers
 from tulu_study.core.sources import acquisition, find, fingerprint
 from tulu_study.core.settings import Settings, settings
 
@@ -22,6 +22,8 @@ WHICH = {"name", "url", "hub", "path", "revision", "sha256", "optional"}   # of 
 ABOUT = {"files", "licence", "homepage", "authors", "gated", "stated", "languages"}   # of a source's record: for people alone
 LARGE = 64 << 20   # bytes; `plan` must not read 130 GB of weights to say that nothing changed
 
+ROOM = 60e9        # bytes of a GPU of 80 GB for weights, while evaluating
+
 
 def _ends(path: Path) -> str:
     "Identify a large file by its size and its first and last MiB."
@@ -29,6 +31,20 @@ def _ends(path: Path) -> str:
         first = file.read(1 << 20)
         file.seek(-(1 << 20), os.SEEK_END)
         return f"{path.stat().st_size} bytes, ends {hash_json([first.hex(), file.read().hex()])[:16]}"
+
+
+def evaluation_gpus(
+    record: Model,   # with `shape`; without one a single GPU
+    dtype: str,      # of the weights while evaluating
+) -> int:            # a power of two that divides the attention heads, as tensor parallelism wants
+    "How many GPUs of 80 GB hold a model's weights with a quarter of each left to its cache, counted from the matrices of its shape."
+    shape = record.shape
+    if not {"layers", "width", "heads", "inner"} <= set(shape): return 1
+    width, heads = shape["width"], shape["heads"]
+    block = 2 * width * width * (1 + shape.get("kv_heads", heads) / heads) + (3 if record.family == "llama" else 2) * width * shape["inner"]
+    weights = (4 if dtype == "float32" else 2) * (shape["layers"] * block + (1 if shape.get("tied", record.family == "opt") else 2) * shape.get("vocabulary", 0) * width)
+    fitting = [n for n in (2**i for i in range(10)) if heads % n == 0]
+    return next((n for n in fitting if weights <= n * ROOM), fitting[-1])
 
 
 @dataclass
@@ -186,7 +202,8 @@ class Grid(dict):
             wanted = {k: b.model_dump(exclude_none=True) for k, b in study.benchmarks.items()}
             self._add("evaluate", name, "evaluate", dict(**about, benchmarks=wanted, chat=data != "vanilla", protocol=study.protocol, seed=study.seed, dtype=study.evaluation.dtype,
                       chunk_size=study.evaluation.chunk_size, source_root=self._source_root(), checkpoint_dir=str(checkpoint), predictions_dir=str(self.root/"predictions"/name)),
-                      [tuned, *self._before], {k: self._origin(benchmarks()[k]) for k in study.benchmarks}, 1)
+                      [tuned, *self._before], {k: self._origin(benchmarks()[k]) for k in study.benchmarks},
+                      study.evaluation.gpus or evaluation_gpus(models()[model.base], study.evaluation.dtype))
 
     def _reports(self):
         study = self.study

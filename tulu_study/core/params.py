@@ -264,6 +264,7 @@ class StudyEvaluation(Record):
     "How completions are made."
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     chunk_size: int = Field(64, gt=0)             # requests sent together: part of what makes a run repeat
+    gpus: int = Field(0, ge=0)                    # of one model, 0 = as many of 80 GB as hold its weights; no part of what is computed
 
 # %% ../../nbs/core/01_params.ipynb #4ce9641d
 class Study(Record):
