@@ -98,6 +98,14 @@ def test_the_hosts_memory_holds_the_data():
     assert estimate(record, Scale(8, zero_stage=2), Rates(), 1000, 700, 2, 2048)["host_bytes"] > 8 * 4 * 6.7e9   # every rank loads in float32
 
 
+@pytest.mark.parametrize("key, precision, each", [("llama-7b", "bf16", 2), ("llama-65b", "bf16", 2), ("llama-7b", "fp32", 4)])
+def test_the_hosts_memory_holds_the_weights_that_stage_3_gathers_at_the_end(key, precision, each):
+    record, weights = models()[key], each * model_size(models()[key]).total
+    host = lambda **changes: device_memory(record, Scale(8, 4, 3, precision=precision, **changes), 2048).host
+    assert weights <= host() < 1.1 * weights
+    if precision == "bf16": assert host(offload="optimizer") > (16 / 4 + each) * model_size(record).total   # the node's part of the optimiser is still there
+
+
 def recorded():
     import csv
     for row in csv.DictReader(open(ROOT/"nbs"/"training"/"measured.csv")):

@@ -120,14 +120,14 @@ def state_bytes(
     size: Size,  # parameters
     scale: Scale,  # hardware
 ) -> tuple:  # (bytes per GPU, bytes of host memory per node)
-    "Memory of weights, gradients and optimiser, by DeepSpeed's estimators for stages 2 and 3; by the same accounting for 0 and 1, and for float32."
+    "Memory of weights, gradients and optimiser, by DeepSpeed's estimators for stages 2 and 3; by the same accounting for 0 and 1, and for float32. Under stage 3 the first rank gathers the weights at the end."
     if scale.precision == "fp32":  # weights 4, gradients 4, moments 8; ZeRO keeps a float32 copy to step on
         shared, sharded = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 20)}[scale.zero_stage]
-        return int(size.total * (shared + sharded / scale.ranks)) + (4 * size.largest if scale.zero_stage == 3 else 0), 4 * (size.largest if scale.zero_stage == 3 else size.total) * scale.gpus
+        return int(size.total * (shared + sharded / scale.ranks)) + (4 * size.largest if scale.zero_stage == 3 else 0), 4 * (max(size.largest * scale.gpus, size.total) if scale.zero_stage == 3 else size.total * scale.gpus)
     zero2, zero3 = estimators()
     if scale.zero_stage == 3:
         host, gpu, _ = zero3(size.total, size.largest, scale.gpus, scale.nodes, cpu_offload=scale.offload != "none", cpu_offload_params=scale.offload == "all")
-        return gpu, host
+        return gpu, max(host, 2 * size.total) if scale.offload == "none" else host + 2 * size.total
     if scale.zero_stage == 2:
         host, gpu = zero2(size.total, scale.gpus, scale.nodes, cpu_offload=scale.offload != "none")
         return gpu, host
