@@ -260,6 +260,17 @@ def test_a_loss_that_is_no_number_stops_at_that_step_and_names_its_data(place, f
     assert not finished_states(state_root(place / "poisoned")), "a state without a value must not be kept"
 
 
+@pytest.mark.parametrize("launched, expected", [(30.0, 25.0), (9.0, 6.0), (0.1, 0.0)])   # in one go; continued for its last seconds; finished before
+def test_the_run_notebook_counts_the_compute_of_this_attempt_alone(tmp_path, launched, expected):
+    from helpers import ROOT
+    from tulu_study.core.cells import Run
+    source = next("".join(cell["source"]) for cell in json.loads((ROOT / "nbs" / "runs" / "finetune.ipynb").read_text())["cells"] if 'timings["compute"]' in "".join(cell["source"]))
+    (tmp_path / "seconds.json").write_text(json.dumps({"starting": 3.0, "training": 20.0, "saving": 2.0, "verifying": 3.0}))
+    run = Run({}, tmp_path)
+    exec(source, {"run": run, "config": None, "launch": lambda config: run.timings.update(launch=launched)})
+    assert run.timings["compute"] == pytest.approx(expected, abs=0.05) and run.timings["compute"] <= run.timings["launch"]
+
+
 def test_memory_and_time_are_recorded_for_the_plan(train):
     from tulu_study.planning import compared, measured, measured_text
     folder = train("recorded", zero_stage=2, base="nano-llama-s")
