@@ -1,11 +1,13 @@
 "README.md is what nbs/index.ipynb says, and its commands work."
 import json, re, subprocess, sys
+from pathlib import Path
 
 import pytest
 
 from helpers import ROOT
 
 README = re.sub(r"<!--.*?-->", "", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.S) if (ROOT/"README.md").exists() else ""
+BIN = Path(sys.executable).parent   # where set-up puts the commands; the README says how they get on the PATH
 
 # How each command of the README is tried. `make study` runs here as a user runs it, in the checkout.
 TRIED = {
@@ -18,12 +20,14 @@ TRIED = {
     "make test": None,                                                  # this is it
     "make study STUDY=mini SOURCES=path/to/raw/files": ["make", "plan", "STUDY=mini", "SOURCES=path/to/raw/files"],   # most of an hour, and real data: planned here
     "make study STUDY=path/to/mine.yaml": ["make", "plan", "STUDY=params/studies/smoke.yaml"],
+    "tulu-study sources": [str(BIN/"tulu-study"), "sources"],
+    "pytest -m gpu tests/test_gpu.py": [str(BIN/"pytest"), "-q", "-m", "gpu", "tests/test_gpu.py"],   # skipped where there is no GPU
 }
 
 
 def commands():
     fenced = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
-    inline = re.findall(r"`(make [^`]+)`", README)
+    inline = re.findall(r"`((?:make|tulu-study|pytest) [^`]+)`", README)
     return list(dict.fromkeys(c for c in [*fenced, *inline] if c))
 
 
@@ -34,6 +38,21 @@ def test_readme_is_current():
 
 def test_every_command_is_tried():
     assert set(commands()) - set(TRIED) == set(), "say in TRIED how it is tried"
+
+
+def test_it_says_how_the_commands_are_reached_before_it_names_one():
+    first = min(README.find(f"`{command}") for command in commands() if not command.startswith("make"))
+    assert 0 < README.find("`. .venv/bin/activate`") < first
+
+
+@pytest.mark.parametrize("environment, study, typed", [
+    ({}, "nano", "tulu-study run nano"), ({"TULU_SOURCES": "/raw"}, "mini", "tulu-study run mini"), ({"TULU_TIED": "1"}, "nano", "make study"),
+    ({"TULU_TIED": "1", "TULU_SOURCES": "/raw files"}, "mini", "make study STUDY=mini SOURCES='/raw files'")])
+def test_what_continues_a_study_is_what_was_typed(monkeypatch, environment, study, typed):
+    from tulu_study.cli import _command
+    for name in ("TULU_TIED", "TULU_SOURCES", "TULU_RESULTS"): monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items(): monkeypatch.setenv(name, value)
+    assert _command(study) == typed
 
 
 def test_links_lead_somewhere():
@@ -63,6 +82,5 @@ def learning_shows():
 
 
 def test_jupyterlab_is_there():
-    from pathlib import Path
-    done = subprocess.run([str(Path(sys.executable).parent/"jupyter"), "lab", "--version"], capture_output=True, text=True)
+    done = subprocess.run([str(BIN/"jupyter"), "lab", "--version"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

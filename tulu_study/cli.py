@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, concurrent.futures, contextlib, importlib.util, inspect, itertools, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import collections, concurrent.futures, contextlib, importlib.util, inspect, itertools, json, os, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -24,6 +24,13 @@ def _table(rows: list[list[str]], head: list[str]) -> str:
     return "\n".join([line(head), *map(line, rows)])
 
 
+def _command(study: str) -> str:
+    "What a user types to run a study: under make its own words, because there `tulu-study` may not be on the PATH."
+    if not os.environ.get("TULU_TIED"): return f"tulu-study run {study}"
+    words = {"STUDY": "" if study == "nano" else study} | {name: os.environ.get(f"TULU_{name}", "") for name in ("SOURCES", "RESULTS")}
+    return " ".join(["make study", *(f"{name}={shlex.quote(said)}" for name, said in words.items() if said)])
+
+
 @call_parse(pos=["study"])
 def plan(
     study: str = "nano",   # a study of params/studies, or a path to a study file
@@ -41,7 +48,7 @@ def plan(
     print(f"{grid.study.study}: {grid.study.title}\nresults in {os.path.relpath(grid.root)}\n")
     print(_table(rows, ["", "cell", "state", "reason"]))
     counts = collections.Counter(s.word for s in states.values())
-    print(f"\n{len(grid)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "." + ("" if counts["done"] == len(grid) else f" `tulu-study run {study}` does the rest."))
+    print(f"\n{len(grid)} cells: " + ", ".join(f"{n} {word}" for word, n in counts.items()) + "." + ("" if counts["done"] == len(grid) else f" `{_command(study)}` does the rest."))
     if lacking := grid.without_tokenizer(): print(f"\n{lacking}")
     if cost or any(models()[m.base].kind == "hub" for m in grid.study.models.values()): _costs(grid, gpu_memory, tflops, utilisation, price)
 
@@ -134,7 +141,7 @@ def run(
         if left: _partial(grid, left)
         print(_summary(grid, [n for n in todo if n not in left], time.time() - began, jobs))
     if left or code:
-        print("\nNot finished:\n" + _table([[n, grid.state(n).word, grid.state(n).reason] for n in left], ["cell", "state", "reason"]) + f"\n\nMend the cause, then the same command continues: tulu-study run {study}", file=sys.stderr)
+        print("\nNot finished:\n" + _table([[n, grid.state(n).word, grid.state(n).reason] for n in left], ["cell", "state", "reason"]) + f"\n\nMend the cause, then the same command continues: {_command(study)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -225,7 +232,7 @@ def figures(
     old = {place: state for place, state in states.items() if state.word == "changed" and not state.reason.startswith("drawn without")}
     copied = copy_figures(grid.root, target, leave_out=set(old))
     print(f"{len(copied)} files in {os.path.relpath(target)}")
-    for place, state in old.items(): print(f"not copied: {place}, drawn by other code or from other inputs than now ({state.reason}). `tulu-study run {study}` draws it again.")
+    for place, state in old.items(): print(f"not copied: {place}, drawn by other code or from other inputs than now ({state.reason}). `{_command(study)}` draws it again.")
 
 
 @call_parse(pos=["study"])
