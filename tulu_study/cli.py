@@ -443,7 +443,7 @@ def doctor():
     modules = {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for what, found in zip(modules, pool.map(_can_import, modules.values())): check(what, *found, extra)
-    check("C++ compiler (DeepSpeed on several CPU ranks)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "make system-deps", False)
+    check("C++ compiler (offloading the optimiser on GPU machines)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "DeepSpeed compiles its Adam there: apt-get install g++", False)
     check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs", needed=False)
     lacking = sandbox.problem()
     check("sandbox for generated code (Codex-Eval)", not lacking, lacking or "holds against its own probes", needed=False)
