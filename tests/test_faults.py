@@ -2,7 +2,7 @@
 
 The run notebooks are replaced by slow ones with the same parameters, which append to a file as long as they live: what goes on writing after a kill is an orphan,
 and what is written twice was not remembered. (That real results are byte-identical after kills is shown by test_smoke.py.)"""
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil
@@ -33,8 +33,8 @@ def house(tmp_path):
     return tmp_path
 
 
-def command(house, *words, **options):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("TULU_")} | {"PYTHONPATH": str(house), "TULU_ROOT": str(house)}
+def command(house, *words, more={}, **options):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TULU_", "SLURM_"))} | {"PYTHONPATH": str(house), "TULU_ROOT": str(house), **more}
     return subprocess.Popen([sys.executable, "-m", "tulu_study", *words], cwd=house, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
@@ -113,6 +113,16 @@ def test_asked_to_stop(house):
     assert not psutil.wait_procs(below[1:], timeout=5)[1]
     code, out = finish(house, "run", "one", "--jobs", "2")
     assert code == 0, out
+
+
+@pytest.mark.slow
+def test_a_cell_stops_before_the_time_of_its_job_is_over(house):
+    path = house/"nbs"/"runs"/"world.ipynb"
+    path.write_text(path.read_text().replace("range(8)", "range(400)"))
+    job = command(house, "cell", "one", "world", more={"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 24), "TULU_SIGNAL_SECONDS": "10"})
+    out = job.communicate(timeout=60)[0]
+    assert job.returncode == 75 and "the time of Slurm job 7 is over in" in out and "~ world: stopped as asked; the same command continues" in out, out
+    assert re.search(r"~ +world +interrupted +continues", plan := finish(house, "plan", "one")[1]), plan
 
 
 @pytest.mark.slow

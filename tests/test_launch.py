@@ -1,14 +1,18 @@
 """One node or many: the commands as strings, Slurm's resources, and two agents on this machine."""
+import datetime
 import json
 import os
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
-from tulu_study.core.grid import Cell, slurm_resources
+from tulu_study.core.grid import Cell, slurm_resources, warning_seconds
+from tulu_study.core.process import PATIENCE, job_end
 from tulu_study.training.config import TrainingError
 from tulu_study.training.launch import Progress, _free_port, command_for, first_host, launch
 
@@ -51,19 +55,50 @@ def test_several_nodes_without_slurm(place, slurm):
 
 def test_resources(tmp_path):
     cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
-    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8 --signal=TERM@300", "mem_mb": 0}
-    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1 --signal=TERM@300", "mem_mb": 0}
-    assert slurm_resources(cell(0))["slurm_extra"] == "--signal=TERM@300"
+    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8", "mem_mb": 0}
+    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1", "mem_mb": 0}
+    assert slurm_resources(cell(0))["slurm_extra"] == ""
 
 
-def test_slurm_warns_before_the_time_is_over(tmp_path, monkeypatch):
-    from tulu_study.training.launch import PATIENCE
-    extra = lambda: slurm_resources(Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, 8, 1))["slurm_extra"]
-    for said, expected in (("120", "--gpus-per-node=8 --signal=TERM@120"), ("3600", f"--gpus-per-node=8 --signal=TERM@{PATIENCE}"), ("0", "--gpus-per-node=8")):
+def test_how_long_before_the_end_a_cell_stops(monkeypatch):
+    monkeypatch.delenv("TULU_SIGNAL_SECONDS", raising=False)
+    assert warning_seconds() == 300
+    for said, expected in (("120", 120), ("3600", PATIENCE), ("0", 0)):
         monkeypatch.setenv("TULU_SIGNAL_SECONDS", said)
-        assert extra() == expected
+        assert warning_seconds() == expected
     monkeypatch.setenv("TULU_SIGNAL_SECONDS", "soon")
-    with pytest.raises(ValueError, match="TULU_SIGNAL_SECONDS is 'soon'; expected seconds"): extra()
+    with pytest.raises(ValueError, match="TULU_SIGNAL_SECONDS is 'soon'; expected how many seconds"): warning_seconds()
+
+
+def test_when_a_job_ends(slurm, tmp_path, monkeypatch):
+    "The job's own environment says it, else squeue does; where neither does, nobody is stopped."
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    def squeue(text):
+        (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\n{text}\n')
+        (tmp_path / "squeue").chmod(0o755)
+    assert job_end() is None
+    squeue("echo 2030-01-02T03:04:05")
+    slurm(JOB_ID="7")
+    assert datetime.datetime.fromtimestamp(job_end()).isoformat() == "2030-01-02T03:04:05" and (tmp_path / "asked").read_text() == "-h -j 7 -o %e\n"
+    for text in ("echo N/A", "exit 1"):
+        squeue(text)
+        assert job_end() is None
+    slurm(JOB_END_TIME="1893553445")
+    assert job_end() == 1893553445
+
+
+@pytest.mark.parametrize("job, seconds, stopped", [("7", 1, True), ("7", 0, False), (None, 1, False)])
+def test_a_process_stops_before_the_time_of_its_job_is_over(slurm, job, seconds, stopped):
+    if job: slurm(JOB_ID=job)
+    slurm(JOB_END_TIME=str(int(time.time()) + 3))
+    code = f"""import signal, sys, time
+from tulu_study.core.process import stop_in_time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"asked {{int(time.time())}}"))
+stop_in_time({seconds})
+time.sleep(4)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("the time of Slurm job 7 is over in ") == stopped and done.returncode == int(stopped), done
+    if stopped: assert int(done.stderr.split()[1]) < int(os.environ["SLURM_JOB_END_TIME"])
 
 
 STEPS = [f"step {n}/2000  loss {3 - n / 1000:.4f}  rate 2.00e-05  1,234 tokens/s  {n} s passed  {2000 - n} s left" for n in range(1, 2001)]
@@ -91,7 +126,6 @@ def test_people_see_a_bar(tmp_path, monkeypatch, capsys):
 
 
 def test_a_running_cell_tells_how_far_it_is(tmp_path, capsys):
-    import time
     from tulu_study.cli import _telling
     with _telling("finetune-13B-dolly", tmp_path / "progress", 0.02):
         (tmp_path / "progress").write_text(STEPS[7])

@@ -10,7 +10,7 @@ from tulu_study.core.cells import CellError, CellInterrupted, read_manifest, run
 from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
 from tulu_study.core.params import ParamsError, benchmarks, datasets, models, tokenizers
-from tulu_study.core.process import Held, die_with_parent, hold, start_child
+from tulu_study.core.process import Held, die_with_parent, hold, start_child, stop_in_time
 from tulu_study.core.settings import packaged_root, project_root, settings
 from tulu_study.core.sources import SourceError, acquisition
 
@@ -203,6 +203,7 @@ def cell(
 ):
     "Run one cell of a study (Snakemake calls this for each)."
     die_with_parent(int(os.environ.get("TULU_PARENT", 0)) or None)
+    stop_in_time(grids.warning_seconds())
     grid = load(study)
     if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")
     known = read_manifest(grid[name].out_dir)

@@ -74,9 +74,9 @@ class Cell:
 
 
 def warning_seconds() -> int:
-    "How long before a job's time is over Slurm asks it to stop: TULU_SIGNAL_SECONDS, at most what a trainer gets for it. ValueError for anything but a number."
+    "How long before the time of a Slurm job is over its cell stops: TULU_SIGNAL_SECONDS, at most what a trainer gets for it. ValueError for anything but a number."
     said = os.environ.get("TULU_SIGNAL_SECONDS") or "300"
-    if not said.isdigit(): raise ValueError(f"TULU_SIGNAL_SECONDS is {said!r}; expected seconds between Slurm's warning and the end of a job's time, or 0 for no warning")
+    if not said.isdigit(): raise ValueError(f"TULU_SIGNAL_SECONDS is {said!r}; expected how many seconds before the end of a Slurm job's time its cell stops, or 0 for never")
     return min(int(said), PATIENCE)
 
 
@@ -84,9 +84,9 @@ def slurm_resources(
     cell: Cell,   # with gpus and nodes
     threads: int = 1,   # of one rank
 ) -> dict:        # names of snakemake-executor-plugin-slurm
-    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun; `mem_mb` 0 leaves memory to the site, where the default would be 1 GB. `--signal` makes Slurm send SIGTERM before the time is over: a training then saves its state and leaves."
-    each, seconds = -(-cell.gpus // cell.nodes), warning_seconds()
-    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": " ".join([f"--gpus-per-node={each}"] * bool(each) + [f"--signal=TERM@{seconds}"] * bool(seconds)), "mem_mb": 0}
+    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun; `mem_mb` 0 leaves memory to the site, where the default would be 1 GB. Nothing warns the job before its time is over: the cell looks at the clock itself."
+    each = -(-cell.gpus // cell.nodes)
+    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each else "", "mem_mb": 0}
 
 
 @dataclass

@@ -1,5 +1,5 @@
 "Processes that end together: a killed study leaves no orphan that goes on writing."
-import contextlib, ctypes, fcntl, os, signal, subprocess, sys, threading, time
+import contextlib, ctypes, datetime, fcntl, os, signal, subprocess, sys, threading, time
 
 PR_SET_PDEATHSIG = 1
 PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
@@ -46,6 +46,30 @@ def start_child(
 def _tie() -> None:
     "Between fork and exec in the child: end with the parent."
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def job_end() -> float | None:   # seconds since the epoch, None where nobody says
+    "When the time of the Slurm job that this process runs in is over: as the job was told when it began, else as squeue says."
+    if (said := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit(): return float(said)
+    try: return datetime.datetime.fromisoformat(subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"], capture_output=True, text=True, timeout=30).stdout.strip()).timestamp()
+    except (KeyError, OSError, ValueError, subprocess.TimeoutExpired): return None
+
+
+def stop_in_time(
+    seconds: int,   # before the end of the job; 0 = never
+) -> None:
+    """In a Slurm job, send this process SIGTERM before the job's time is over; elsewhere do nothing.
+
+    The warning that Slurm can be asked for goes to job steps or to the batch shell, and a cell is neither. Where less than twice the seconds is left, half of it passes first."""
+    if seconds and os.environ.get("SLURM_JOB_ID"): threading.Thread(target=_stop_in_time, args=(seconds,), daemon=True, name="end-of-job").start()
+
+
+def _stop_in_time(seconds: int) -> None:
+    "Wait for the moment, say so, and ask."
+    if (end := job_end()) is None or (left := end - time.time()) <= 0: return
+    time.sleep(max(left - seconds, left / 2))
+    print(f"the time of Slurm job {os.environ['SLURM_JOB_ID']} is over in {end - time.time():.0f} s: stopping", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Held(RuntimeError):
