@@ -3,6 +3,7 @@ import datetime
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import pytest
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.core.grid import Cell, slurm_resources, warning_seconds
 from tulu_study.core.process import PATIENCE, job_end
-from tulu_study.training.config import TrainingError
+from tulu_study.training.config import TrainingError, TrainingInterrupted
 from tulu_study.training.launch import Progress, _free_port, command_for, first_host, launch
+from tulu_study.training.resume import finished_states, state_root
 
 
 @pytest.fixture
@@ -133,14 +135,45 @@ def test_a_running_cell_tells_how_far_it_is(tmp_path, capsys):
     assert capsys.readouterr().out == f"  … finetune-13B-dolly: {STEPS[7]}\n"
 
 
-@pytest.mark.slow
-def test_srun_by_another_name(place, train, slurm, tmp_path, monkeypatch):
-    "Two agents on this machine, started by a stand-in for srun, train what one process trains."
-    (tmp_path / "srun").write_text("#!/bin/sh\nwhile case $1 in --*) true;; *) false;; esac; do shift; done\n\"$@\" & first=$!\n\"$@\" || exit 1\nwait $first\n")
+SRUN = """import os, signal, subprocess, sys, time
+words = sys.argv[1:]
+while words[0].startswith("--"): words.pop(0)
+tasks = [subprocess.Popen(words) for _ in range(2)]
+def kill(*_):
+    for task in tasks: task.kill()
+signal.signal(signal.SIGTERM, kill)
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
+while any(task.poll() is None for task in tasks):
+    if any(task.poll() for task in tasks): kill()
+    time.sleep(0.01)
+sys.exit(max(abs(task.returncode) for task in tasks))"""
+
+
+@pytest.fixture
+def srun(tmp_path, monkeypatch, slurm):
+    "A stand-in that starts two tasks on this machine, kills them on SIGTERM and when one fails, and hands SIGUSR1 on, as Slurm's does."
+    (tmp_path / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     slurm(JOB_ID=str(_free_port() - 20000), JOB_NODELIST="localhost", JOB_NUM_NODES="2")
+
+
+@pytest.mark.slow
+def test_srun_by_another_name(place, train, srun):
+    "Two agents on this machine train what one process trains."
     config = settings(place, "two-nodes", ranks=2, nodes=2)
     checks = launch(config)
     assert all(check["passed"] for check in checks) and not (place / "two-nodes" / "settings.json").exists()
     assert gap(place / "two-nodes", train("one-process")) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_training_on_two_nodes_saves_when_it_is_asked_to_stop(place, srun):
+    config, lines = settings(place, "two-stopped", ranks=2, nodes=2, epochs=30), []
+    def echo(line):
+        lines.append(line)
+        if line.startswith("step "): os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(TrainingInterrupted, match="asked to stop after step .* the same command would continue from step"): launch(config, echo=echo)
+    kept = int(finished_states(state_root(place / "two-stopped"))[0].name[5:])
+    with pytest.raises(TrainingInterrupted): launch(config, echo=echo)
+    assert f"continuing from the state of step {kept}" in lines

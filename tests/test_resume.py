@@ -345,7 +345,9 @@ try: launch(json.loads({json.dumps(vars(config))!r}))
 except Exception as error: print(type(error).__name__, error)""")
     log_file = place / "signalled" / "training_log.jsonl"
     assert until(lambda: log_file.exists() and log_file.stat().st_size), process.communicate()[0]
-    process.send_signal(signal.SIGUSR1)
+    for sign in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM):   # a queue that asks more than once
+        process.send_signal(sign)
+        time.sleep(0.06)
     out = process.communicate(timeout=120)[0]
     assert "TrainingInterrupted fine-tuning sums was interrupted: asked to stop after step" in out and "the same command would continue from step" in out, out
     lines = []

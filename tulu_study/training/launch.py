@@ -63,7 +63,7 @@ def environment_for(config: FinetuneConfig, direct: bool) -> dict:
     "Threads pinned, the CPU named where there is no GPU, and for a single rank what torchrun would set."
     env = {**os.environ, "OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
            "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "DS_DISABLE_CONFIG_PRINT": "true",
-           "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}   # torchrun passes them on
+           "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}   # torchrun passes them on
     if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists(): env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}   # waiting threads leave the core to others
     else: env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     root = str(Path(__file__).resolve().parents[2])
@@ -93,11 +93,12 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
         command = command_for(config, config.save(Path(config.out_dir if config.nodes > 1 else folder) / SETTINGS), launcher)
         env = environment_for(config, direct="torch.distributed.run" not in command)
-        process = start_child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        process = start_child(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)   # an interrupt that goes to a whole group is this process's to hand on
+        ask = Asking(process, config.nodes)
         try:
-            with _signals_to(process): said, last, stopped = _follow(process, echo)
+            with _signals_to(ask): said, last, stopped = _follow(process, echo)
         except BaseException:
-            _end(process)
+            _end(process, ask)
             raise
     checks = Path(config.out_dir) / "verification.json"
     if config.nodes > 1:
@@ -106,6 +107,7 @@ def launch(
             if process.returncode or stopped or checks.exists(): break
             time.sleep(1)
     if stopped: raise TrainingInterrupted(f"fine-tuning {config.model or config.data or Path(config.out_dir).name} was {stopped}")
+    if process.returncode and ask.asked and not said: raise TrainingInterrupted(f"fine-tuning {config.model or config.data or Path(config.out_dir).name} was asked to stop and ended with status {process.returncode} before it said what it saved")
     if process.returncode or not checks.exists(): raise TrainingError(_why(process.returncode, said, last, config))
     return json.loads(checks.read_text())
 
@@ -142,14 +144,26 @@ def _clear_places(config: FinetuneConfig) -> None:
     clear(out)
 
 
+class Asking:
+    """Asks a trainer to save its state and leave, once: torchrun gives up on its ranks when it is asked again while it waits for them.
+
+    On several nodes the child is srun, which kills its tasks on SIGTERM and hands SIGUSR1 on."""
+
+    def __init__(self, process: subprocess.Popen, nodes: int):
+        self.process, self.sign, self.asked = process, signal.SIGUSR1 if nodes > 1 else signal.SIGTERM, False
+
+    def __call__(self, *_) -> None:
+        before, self.asked = self.asked, True
+        if not before: self.process.send_signal(self.sign)
+
+
 @contextlib.contextmanager
-def _signals_to(process: subprocess.Popen):
-    "Hand SIGTERM and SIGUSR1 on to the trainer and go on waiting: it saves its state and leaves by itself."
+def _signals_to(ask):
+    "Ask the trainer to stop on SIGTERM and SIGUSR1, and go on waiting: it saves its state and leaves by itself."
     if threading.current_thread() is not threading.main_thread():   # Python allows handlers in the main thread alone
         yield
         return
-    hand_on = lambda *_: process.send_signal(signal.SIGTERM)
-    before = {one: signal.signal(one, hand_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {one: signal.signal(one, ask) for one in (signal.SIGTERM, signal.SIGUSR1)}
     try: yield
     finally:
         for one, handler in before.items(): signal.signal(one, handler)
@@ -196,12 +210,16 @@ def _follow(process: subprocess.Popen, echo) -> tuple[list[str], list[str], str]
     return said, list(last), stopped
 
 
-def _end(process: subprocess.Popen) -> None:
-    "Stop the trainer, gently first."
-    for stop in (process.terminate, process.kill):
-        stop()
-        try: return process.wait(timeout=60) and None   # a step and a state
-        except subprocess.TimeoutExpired: continue
+def _end(process: subprocess.Popen, ask: Asking) -> None:
+    "Stop the trainer: gently for as long as a step and a state may take, at once where that is interrupted too."
+    try:
+        ask()
+        with contextlib.suppress(OSError): print("stopping: the training saves its state; interrupt again to end it at once", flush=True)
+        process.communicate(timeout=PATIENCE)   # reads on: a trainer that nobody listens to would wait
+    except subprocess.TimeoutExpired: pass
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _why(code: int, said: list[str], last: list[str], config: FinetuneConfig) -> str:
