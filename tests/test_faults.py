@@ -125,6 +125,58 @@ def test_a_cell_stops_before_the_time_of_its_job_is_over(house):
     assert re.search(r"~ +world +interrupted +continues", plan := finish(house, "plan", "one")[1]), plan
 
 
+SAVES = """import signal
+class StandInInterrupted(RuntimeError): pass
+asked, state = [], run.out_dir/'state'/'tick'
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+first = int(state.read_text()) if state.exists() else 0
+for tick in range(first, first + 40):
+    with open(run.out_dir.parent.parent/'ticks.log', 'a') as f: f.write(f'{run.out_dir.name} {tick}\\n')
+    time.sleep(0.1)
+    if asked:
+        time.sleep(SECONDS)
+        state.parent.mkdir(exist_ok=True)
+        state.write_text(str(tick + 1))
+        raise StandInInterrupted('asked to stop')
+    if tick == 39: break
+(run.out_dir/f'{run.out_dir.name}_data.jsonl').write_text('{}')"""
+
+
+def interrupted(house, seconds):
+    "A study whose conversions save when they are asked to stop, under a terminal's Ctrl-C: SIGINT to its whole process group."
+    path = house/"nbs"/"runs"/"convert.ipynb"
+    nb = json.loads(path.read_text())
+    nb["cells"][2]["source"] = "import time\n" + SAVES.replace("SECONDS", str(seconds))
+    path.write_text(json.dumps(nb))
+    run = command(house, "run", "one", "--jobs", "1", start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert wait_for(lambda: ticks(house, "one")), run.communicate()[0]
+    below = tree(psutil.Process(run.pid))
+    os.killpg(run.pid, signal.SIGINT)
+    return run, below
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves(house):
+    run, below = interrupted(house, 2)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 130 and "stopping: what is running is saved; press Ctrl-C again to end at once" in out and "Stopped as asked; the same command continues" in out, out
+    assert not psutil.wait_procs(below[1:], timeout=5)[1] and "failed" not in finish(house, "plan", "one")[1]
+    assert len(list((house/"results"/"one"/"data").glob("*/state/tick"))) == 1, out
+    code, out = finish(house, "run", "one", "--jobs", "2")
+    lines = [t for t in ticks(house, "one") if re.fullmatch(r"\w+ \d+", t)]
+    assert code == 0 and len(lines) == len(set(lines)) and {f"{t.split()[0]} 39" for t in lines} <= set(lines), (out, lines)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(house):
+    run, below = interrupted(house, 300)
+    assert any(line.startswith("stopping:") for line in run.stdout)
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGINT)
+    out = run.communicate(timeout=20)[0]
+    assert run.returncode == 130 and "stopped; the same command continues" in out and not psutil.wait_procs(below[1:], timeout=5)[1], out
+
+
 @pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(house):
     path = house/"nbs"/"runs"/"convert.ipynb"

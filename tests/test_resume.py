@@ -356,6 +356,22 @@ except Exception as error: print(type(error).__name__, error)""")
     same_bytes(place / "signalled", train("whole-long", **changes))
 
 
+def test_an_interrupted_notebook_saves(place):
+    "A notebook's interrupt goes to the whole group of its kernel; the trainer saves its state, however many ranks it has."
+    for ranks in (1, 2):
+        name = f"interrupted-{ranks}"
+        code = f"""import json, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from tulu_study.training.launch import launch
+launch(json.loads({json.dumps(vars(settings(place, name, zero_stage=2, ranks=ranks, epochs=300)))!r}))"""
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        log_file = place / name / "training_log.jsonl"
+        assert until(lambda: log_file.exists() and log_file.stat().st_size), process.communicate()[0]
+        os.killpg(process.pid, signal.SIGINT)
+        out = process.communicate(timeout=120)[0]
+        assert "KeyboardInterrupt" in out and "stopping: the training saves its state" in out and finished_states(state_root(place / name)), out
+
+
 CELL = """import sys
 from tulu_study.core.cells import CellError, run_cell
 try: run_cell("finetune", {params!r}, {out!r})

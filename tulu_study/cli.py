@@ -71,26 +71,51 @@ def _alone(grid: Grid):
     except Held as pid: raise CellError(f"Process {pid} is running this study already; `tulu-study plan {grid.study.study}` shows how far it is.") from None
 
 
-def _snakemake(grid: Grid, study: str, jobs: int) -> int:
+def _snakemake(grid: Grid, study: str, jobs: int) -> tuple[int, list[int]]:   # its exit status, and the signals by which it was asked to stop
     "Run the grid; Snakemake's own lock is not needed, since ours ends with the process that holds it."
     site, gpus = grid.site, _gpus()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"Snakefile"), "--directory", str(grid.root), "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime",
                "--quiet", "all", "--config", f"study={study}", f"gpus={len(gpus)}"]
     if site.executor == "slurm": command += ["--executor", "slurm", "--jobs", str(jobs), "--latency-wait", "60", "--default-resources", "mem_mb=0"]   # all memory of what a job gets: the plugin's default is 1 GB
     else: command += ["--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
-    child = start_child(command, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {}))
-    before = signal.signal(signal.SIGTERM, lambda *_: _stop_cells(child))
-    try: return child.wait()
-    finally: signal.signal(signal.SIGTERM, before)
+    child = start_child(command, start_new_session=True, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {}))
+    return _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them" if site.executor == "slurm" else "what is running is saved; press Ctrl-C again to end at once", 60 if site.executor == "slurm" else 0)
 
 
-def _stop_cells(snakemake: subprocess.Popen) -> None:
-    "Asked to stop: ask the running cells, which save what they have, and start no more."
+def _wait(
+    child: subprocess.Popen,   # Snakemake, in a session of its own: a terminal's Ctrl-C reaches this process alone
+    said: str,                 # what a first Ctrl-C does
+    cancelling: int,           # seconds that Snakemake gets to cancel its jobs after a second one
+) -> tuple[int, list[int]]:    # its exit status, and the signals by which it was asked to stop
+    "Wait for Snakemake. SIGTERM and a first Ctrl-C stop the study; a second one ends it at once."
+    asked, told = [], set()
+    def stop(sign, _):
+        if sign == signal.SIGINT in asked: raise KeyboardInterrupt
+        asked.append(sign)
+    before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN}
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired): return child.wait(timeout=0.5), asked
+            if signal.SIGINT in asked and said: print(f"\nstopping: {said}", flush=True); said = ""
+            if asked: _stop_cells(child, told)
+    except KeyboardInterrupt:
+        if cancelling:
+            child.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired): child.wait(timeout=cancelling)
+        raise
+    finally:
+        for one, handler in before.items(): signal.signal(one, handler)
+
+
+def _stop_cells(snakemake: subprocess.Popen, told: set) -> None:
+    "Asked to stop: ask each running cell once, which saves what it has, and start no more."
     import psutil
-    snakemake.send_signal(signal.SIGTERM)
-    for process in psutil.Process(snakemake.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "tulu_study" in (words := process.cmdline()) and "cell" in words: process.send_signal(signal.SIGTERM)
+    if not told: snakemake.send_signal(signal.SIGTERM)
+    told.add(snakemake.pid)
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(snakemake.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in told and "tulu_study" in (words := process.cmdline()) and "cell" in words: told.add(process.pid); process.send_signal(signal.SIGTERM)
 
 
 def _gpus() -> list[str]:
@@ -135,14 +160,14 @@ def run(
             return
         print(f"{grid.study.study}: {len(grid) - len(todo)} of {len(grid)} cells done, {len(todo)} to run, {jobs} at a time", flush=True)
         began = time.time()
-        code = _snakemake(grid, study, jobs)
+        code, asked = _snakemake(grid, study, jobs)
         grid = load(study)
         left = grid.sync()
-        if left: _partial(grid, left)
+        if left and not asked: _partial(grid, left)
         print(_summary(grid, [n for n in todo if n not in left], time.time() - began, jobs))
     if left or code:
-        print("\nNot finished:\n" + _table([[n, grid.state(n).word, grid.state(n).reason] for n in left], ["cell", "state", "reason"]) + f"\n\nMend the cause, then the same command continues: {_command(study)}", file=sys.stderr)
-        sys.exit(1)
+        print("\nNot finished:\n" + _table([[n, grid.state(n).word, grid.state(n).reason] for n in left], ["cell", "state", "reason"]) + f"\n\n{'Stopped as asked;' if asked else 'Mend the cause, then'} the same command continues: {_command(study)}", file=sys.stderr)
+        sys.exit(128 + asked[0] if asked else 1)
 
 
 def _summary(grid: Grid, ran: list[str], wall: float, jobs: int) -> str:

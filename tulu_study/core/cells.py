@@ -359,30 +359,30 @@ def _differences(asked: dict, used: dict) -> list[str]:
 
 
 def _stoppable(work) -> None:
-    """Do the work in a thread, and hand SIGTERM, SIGUSR1 and Ctrl-C on to the kernel as SIGTERM: a training then saves its state and leaves by itself.
+    """Do the work in a thread, and hand SIGTERM, SIGUSR1 and Ctrl-C on to the kernel as SIGTERM, once: a training then saves its state and leaves by itself. A second Ctrl-C waits no longer.
 
     In the main thread papermill takes these signals, and kills the kernel at once."""
     if threading.current_thread() is not threading.main_thread(): return work()
     import psutil
-    error, asked = [], []
+    error, asked, told = [], [], set()
     def body():
         try: work()
         except BaseException as e: error.append(e)
-    def hand_on(*_):
-        asked.append(True)
+    def hand_on():
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if "ipykernel_launcher" in " ".join(child.cmdline()): child.terminate()
-    before = {one: signal.signal(one, hand_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+                if child.pid not in told and "ipykernel_launcher" in " ".join(child.cmdline()): told.add(child.pid); child.terminate()
+    before = {one: signal.signal(one, lambda sign, _: asked.append(sign)) for one in (signal.SIGTERM, signal.SIGUSR1)}
     thread = threading.Thread(target=body, daemon=True, name="papermill")
     try:
         thread.start()
-        try:
-            while thread.is_alive(): thread.join(1)
-        except KeyboardInterrupt:
-            hand_on()
-            thread.join()
-            raise
+        while thread.is_alive():
+            try: thread.join(0.2)
+            except KeyboardInterrupt:
+                if signal.SIGINT in asked: raise
+                asked.append(signal.SIGINT)
+            if asked: hand_on()   # again and again: a kernel may have been about to start
+        if signal.SIGINT in asked: raise KeyboardInterrupt
     finally:
         for one, handler in before.items(): signal.signal(one, handler)
     if error and asked and not type(error[0]).__name__ == "PapermillExecutionError": raise CellInterrupted("asked to stop; the same command continues") from None
