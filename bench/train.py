@@ -17,7 +17,9 @@ TRL goes into a folder of its own (.bench/), never into the project's environmen
 import argparse, importlib.metadata, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from environment import ROOT, side_folder  # noqa: E402
+
 TRL = "trl==1.16.0"
 DATASET, SEED, LENGTH, PACK = "code_alpaca", 42, 512, 2048
 OURS, REFERENCE, DENSE, FLOAT, BF16 = "ours", "reference's way", "dense", "TRL packing", "TRL packing, bf16 weights"
@@ -172,16 +174,12 @@ def measure_trl(spec: dict) -> dict:
 # ---- rounds
 
 def with_trl(install: bool) -> tuple[Path, str]:   # folder, and why it cannot be used ("" = it can)
-    "TRL's folder, filled by pip when it is not there; what TRL needs is in the project's environment already."
-    folder = ROOT / ".bench" / TRL.replace("==", "-")
-    if folder.is_dir(): return folder, ""
-    if not install: return folder, f"{folder.relative_to(ROOT)} is not there"
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(part), TRL], capture_output=True, text=True)
-    if done.returncode: return folder, f"pip could not install {TRL}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-    part.rename(folder)
-    return folder, ""
+    "TRL's folder, filled when it is not there; what TRL needs is in the project's environment already."
+    name = TRL.replace("==", "-")
+    folder = ROOT / ".bench" / name
+    if not install: return folder, "" if folder.is_dir() else f"{folder.relative_to(ROOT)} is not there"
+    try: return side_folder(name, [TRL]), ""
+    except SystemExit as error: return folder, str(error)
 
 
 def run(contender: str, spec: Path, trl: Path) -> dict:
