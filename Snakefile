@@ -18,13 +18,14 @@ def needs(stage, label="label"):
 
 
 def gpus(stage):
-    return lambda w: GRID[f"{stage}-{w.label}"].gpus if config.get("gpus") or SLURM else 0
+    asked = "gpus=0" not in GRID.site.resources.split() if SLURM else config.get("gpus")
+    return lambda w: GRID[f"{stage}-{w.label}"].gpus if asked else 0
 
 
 def slurm(stage):
     "Nodes, tasks, processors and GPUs of a cell as Slurm's plugin wants to hear them; nothing for cells that run here."
-    def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}"], GRID.site.threads)[name]
-    return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra", "mem_mb")} if SLURM else {}
+    def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}"], GRID.site.threads, GRID.site.resources)[name]
+    return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra")} if SLURM else {}
 
 
 wildcard_constraints:

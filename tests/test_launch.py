@@ -13,7 +13,7 @@ import pytest
 
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
 from tulu_study.core.grid import Cell, slurm_resources, warning_seconds
-from tulu_study.core.process import PATIENCE, job_end
+from tulu_study.core.process import PATIENCE, job_end, job_nodes
 from tulu_study.training.config import TrainingError, TrainingInterrupted
 from tulu_study.training.launch import Progress, _free_port, command_for, first_host, launch
 from tulu_study.training.resume import finished_states, state_root
@@ -25,6 +25,16 @@ def slurm(monkeypatch):
     def job(**said):
         for name, value in said.items(): monkeypatch.setenv(f"SLURM_{name}", value)
     return job
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    "Puts a stand-in for squeue on the PATH, which notes what it was asked."
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    def squeue(text):
+        (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\n{text}\n')
+        (tmp_path / "squeue").chmod(0o755)
+    return squeue
 
 
 def test_one_node(place, slurm):
@@ -39,6 +49,26 @@ def test_several_nodes_in_a_slurm_job(place, slurm):
     text = shlex.join(command_for(settings(place, "x", ranks=32, nodes=4, batch_size=128), Path("/work/s.json")))
     assert text.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=56 " + shlex.quote(sys.executable) + " -m torch.distributed.run --nnodes=4 --nproc-per-node=8 ")
     assert " --rdzv-backend=c10d --rdzv-endpoint=nid002345:34567 --rdzv-id=1234567 " in text and text.endswith(" -m tulu_study.training.finetune /work/s.json")
+
+
+def test_nodes_where_snakemake_took_slurms_variables_away(place, slurm, asked):
+    "The executor plugin leaves a cell little more than SLURM_JOB_ID: Slurm is asked, and the processors are those that `slurm_resources` asked for."
+    config = settings(place, "asked", ranks=16, nodes=2, threads=7, batch_size=128)
+    asked("echo 2 gpu[007-008]")
+    slurm(JOB_ID="123")
+    words = command_for(config, Path("s.json"))
+    assert words[:7] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL", "--cpus-per-task=56"] and "--rdzv-endpoint=gpu007:20123" in words
+    slurm(JOB_NUM_NODES="2", JOB_NODELIST="gpu[007-008]")   # a job of one's own: what it says of its processors holds
+    assert not any(word.startswith("--cpus-per-task") for word in command_for(config, Path("s.json")))
+
+
+@pytest.mark.parametrize("answer, found", [("echo 2 'n[1-2]'", (2, "n[1-2]")), ("echo 1 n1", (1, "n1")), ("echo", (1, "")), ("exit 1", (1, ""))])
+def test_how_many_nodes_a_job_has(slurm, asked, answer, found):
+    slurm(JOB_ID="123")
+    asked(answer)
+    assert job_nodes() == found
+    slurm(JOB_NUM_NODES="4", JOB_NODELIST="m[1-4]")
+    assert job_nodes() == (4, "m[1-4]")
 
 
 @pytest.mark.parametrize("nodes, first", [("n1", "n1"), ("n[1-4]", "n1"), ("gpu[007-009,12],login1", "gpu007"), ("a,b", "a"), ("rack[1-2]gpu[3,5]", "rack1gpu3"), ("a-b-1.site.org", "a-b-1.site.org")])
@@ -57,9 +87,10 @@ def test_several_nodes_without_slurm(place, slurm):
 
 def test_resources(tmp_path):
     cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
-    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8", "mem_mb": 0}
-    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1", "mem_mb": 0}
-    assert slurm_resources(cell(0))["slurm_extra"] == ""
+    assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8"}
+    assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1"}
+    assert slurm_resources(cell(0))["slurm_extra"] == "" == slurm_resources(cell(8, 2), 2, "slurm_partition=cpu gpus=0")["slurm_extra"]
+    assert slurm_resources(cell(8, 2), 2, "gpus=0")["cpus_per_task"] == 8
 
 
 def test_how_long_before_the_end_a_cell_stops(monkeypatch):
@@ -72,18 +103,14 @@ def test_how_long_before_the_end_a_cell_stops(monkeypatch):
     with pytest.raises(ValueError, match="TULU_SIGNAL_SECONDS is 'soon'; expected how many seconds"): warning_seconds()
 
 
-def test_when_a_job_ends(slurm, tmp_path, monkeypatch):
+def test_when_a_job_ends(slurm, tmp_path, asked):
     "The job's own environment says it, else squeue does; where neither does, nobody is stopped."
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    def squeue(text):
-        (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\n{text}\n')
-        (tmp_path / "squeue").chmod(0o755)
     assert job_end() is None
-    squeue("echo 2030-01-02T03:04:05")
+    asked("echo 2030-01-02T03:04:05")
     slurm(JOB_ID="7")
     assert datetime.datetime.fromtimestamp(job_end()).isoformat() == "2030-01-02T03:04:05" and (tmp_path / "asked").read_text() == "-h -j 7 -o %e\n"
     for text in ("echo N/A", "exit 1"):
-        squeue(text)
+        asked(text)
         assert job_end() is None
     slurm(JOB_END_TIME="1893553445")
     assert job_end() == 1893553445

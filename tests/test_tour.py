@@ -54,6 +54,14 @@ def test_the_page_has_the_two_files_and_no_more():
     assert functions == ["read_question", "convert_bike_faq"], "a dataset of one's own takes a reader and a converter"
 
 
+def test_what_a_study_asks_a_cluster_for(run):
+    kept, made = nbformat.read(TOUR / "cluster.ipynb", 4), run("cluster")
+    texts = lambda nb: ["".join(o.get("text") or o["data"].get("text/plain", "")) for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert texts(made) == texts(kept)
+    table, command = texts(made)
+    assert "finetune" in table and "--nodes=4" in command and "--rdzv-endpoint=gpu017:20815" in command
+
+
 def test_footguns_shows_what_it_says(run):
     kept = nbformat.read(TOUR / "footguns.ipynb", 4)
     made = run("footguns")

@@ -11,7 +11,7 @@ from tulu_study.core.grid import Grid, load
 from tulu_study.core import grid as grids
 from tulu_study.core.params import ParamsError, benchmarks, datasets, models, tokenizers
 from tulu_study.core.process import Held, die_with_parent, hold, start_child, stop_in_time
-from tulu_study.core.settings import packaged_root, project_root, settings
+from tulu_study.core.settings import Settings, packaged_root, project_root, settings
 from tulu_study.core.sources import SourceError, acquisition
 
 MARKS = {"done": "✓", "missing": "·", "failed": "✗", "interrupted": "~", "changed": "≠"}
@@ -76,16 +76,48 @@ def _snakemake(grid: Grid, study: str, jobs: int) -> tuple[int, list[int]]:   # 
     site, gpus = grid.site, _gpus()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"Snakefile"), "--directory", str(grid.root), "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime",
                "--quiet", "all", "--config", f"study={study}", f"gpus={len(gpus)}"]
-    if site.executor == "slurm": command += ["--executor", "slurm", "--jobs", str(jobs), "--latency-wait", "60", "--default-resources", "mem_mb=0"]   # all memory of what a job gets: the plugin's default is 1 GB
+    if site.executor == "slurm": command += [*_slurm_options(site), "--jobs", str(jobs)]
     else: command += ["--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
     child = start_child(command, start_new_session=True, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {}))
-    return _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them" if site.executor == "slurm" else "what is running is saved; press Ctrl-C again to end at once", 60 if site.executor == "slurm" else 0)
+    if site.executor == "slurm": return _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them", 60, _news(grid))
+    return _wait(child, "what is running is saved; press Ctrl-C again to end at once")
+
+
+def _slurm_lacks() -> list[str]:
+    "What is missing before Slurm can run cells."
+    needed = {"sbatch (run this on the cluster's login node)": shutil.which("sbatch"), "snakemake-executor-plugin-slurm (pip install 'tulu-study[slurm]')": importlib.util.find_spec("snakemake_executor_plugin_slurm")}
+    return [what for what, there in needed.items() if not there]
+
+
+def _slurm_options(site: Settings) -> list[str]:   # words for Snakemake
+    "Let Slurm run the cells. Raises CellError where something for it is missing."
+    if lacking := _slurm_lacks(): raise CellError(f"[executor] profile is slurm, and not found: {' and '.join(lacking)}. Or take profile = local.")
+    counted = shutil.which("sacct") and subprocess.run(["sacct", "-n", "-X"], capture_output=True).returncode == 0   # without accounting the plugin's own choice, sacct, waits for ever
+    asked = {"mem_mb": "0"} | dict(word.split("=", 1) for word in site.resources.split())
+    return ["--executor", "slurm", "--latency-wait", "60", *([] if counted else ["--slurm-status-command", "squeue"]),
+            "--default-resources", *(f"{name}={value}" for name, value in asked.items())]   # mem_mb 0: what the cluster gives by itself, where Snakemake would ask for 1 GB
+
+
+def _news(grid: Grid):   # a function to be called now and then
+    "Cells that Slurm runs print into its logs: tell here from their files which have finished and which failed."
+    began, done, failed, wide = time.time(), {name for name, cell in grid.items() if cell.stamp.exists()}, set(), len(str(len(grid)))
+    def look():
+        for name, cell in grid.items():
+            if name in done: continue
+            if cell.stamp.exists() and (manifest := read_manifest(cell.out_dir)):
+                done.add(name)
+                print(f"✓ [{len(done):>{wide}}/{len(grid)}] {name}: {manifest['seconds']:.1f} s", flush=True)
+            elif name not in failed and (why := cell.out_dir/"failed.json").exists() and why.stat().st_mtime > began:
+                failed.add(name)
+                print(f"✗ {name}: {json.loads(why.read_text())['message'].splitlines()[-1]}\n  executed notebook: {os.path.relpath(cell.executed)}", flush=True)
+    return look
 
 
 def _wait(
     child: subprocess.Popen,   # Snakemake, in a session of its own: a terminal's Ctrl-C reaches this process alone
     said: str,                 # what a first Ctrl-C does
-    cancelling: int,           # seconds that Snakemake gets to cancel its jobs after a second one
+    cancelling: int = 0,       # seconds that Snakemake gets to cancel its jobs after a second one
+    look=None,                 # called every few seconds
 ) -> tuple[int, list[int]]:    # its exit status, and the signals by which it was asked to stop
     "Wait for Snakemake. SIGTERM and a first Ctrl-C stop the study; a second one ends it at once."
     asked, told = [], set()
@@ -95,7 +127,8 @@ def _wait(
     before = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(one) != signal.SIG_IGN}
     try:
         while True:
-            with contextlib.suppress(subprocess.TimeoutExpired): return child.wait(timeout=0.5), asked
+            with contextlib.suppress(subprocess.TimeoutExpired): return child.wait(timeout=2 if look else 0.5), asked
+            if look: look()
             if signal.SIGINT in asked and said: print(f"\nstopping: {said}", flush=True); said = ""
             if asked: _stop_cells(child, told)
     except KeyboardInterrupt:
@@ -104,6 +137,7 @@ def _wait(
             with contextlib.suppress(subprocess.TimeoutExpired): child.wait(timeout=cancelling)
         raise
     finally:
+        if look: look()
         for one, handler in before.items(): signal.signal(one, handler)
 
 
@@ -142,14 +176,14 @@ def _partial(grid: Grid, todo: list[str]) -> None:
 @call_parse(pos=["study"])
 def run(
     study: str = "nano",   # a study of params/studies, or a path to a study file
-    jobs: int = 0,         # cells side by side, 0 = as in settings.ini (there 0 = one per core)
+    jobs: int = 0,         # cells side by side, 0 = as in settings.ini (there 0 = one per core, or 100 in Slurm's queue)
     force: str = "",       # cells to run again even where they are done, comma-separated
 ):
     "Run what a study has not finished yet. The same command continues after any interruption."
     if os.environ.get("TULU_TIED"): die_with_parent()
     study = str(Path(study).resolve()) if study.endswith((".yaml", ".yml")) else study
     grid = load(study)
-    jobs = jobs or grid.site.jobs or os.cpu_count() or 1
+    jobs = jobs or grid.site.jobs or (100 if grid.site.executor == "slurm" else os.cpu_count()) or 1
     with _alone(grid):
         for name in filter(None, force.split(",")):
             if name not in grid: raise CellError(f"No cell {name!r} in this study; `tulu-study plan {study}` lists them.")
@@ -175,7 +209,9 @@ def _summary(grid: Grid, ran: list[str], wall: float, jobs: int) -> str:
     manifests = [m for n in ran if (m := read_manifest(grid[n].out_dir))]
     compute = sum(m["timings"].get("compute", 0) for m in manifests)
     overhead = 1 - compute / (wall * jobs) if wall else 0
-    text = f"{len(ran)} cells in {wall:.0f} s ({jobs} at a time): {compute:.0f} s of compute; {overhead:.0%} of the {wall * jobs:.0f} s of all places was something else (imports, kernels, waiting)"
+    queued = grid.site.executor == "slurm"   # where nobody knows what waited for what
+    text = f"{len(ran)} cells in {wall:.0f} s ({'through Slurm' if queued else f'{jobs} at a time'}): {compute:.0f} s of compute"
+    if not queued: text += f"; {overhead:.0%} of the {wall * jobs:.0f} s of all places was something else (imports, kernels, waiting)"
     (grid.root/"last_run.json").write_text(json.dumps({"cells": len(ran), "wall_seconds": round(wall, 1), "jobs": jobs, "compute_seconds": round(compute, 1), "not_compute": round(overhead, 3)}))
     return text
 
@@ -479,7 +515,8 @@ def doctor():
     check("sources root", *_sources_root(site.sources))
     hub = _reachable("https://huggingface.co")
     check("Hugging Face hub", hub, "answers" if hub else "does not answer", "downloads will fail; set a sources root (the nano study needs neither)", False)
-    check("Slurm", bool(shutil.which("sbatch")), shutil.which("sbatch") or "no sbatch", "only needed for [executor] profile = slurm", False)
+    lacking = _slurm_lacks()
+    check("Slurm", not lacking, f"not found: {' and '.join(lacking)}" if lacking else shutil.which("sbatch"), "only needed for [executor] profile = slurm", False)
     print(_table(checks, ["", "check", "found"]) + "\n\n✓ works   ✗ needed and not there   – optional and not there")
 
 

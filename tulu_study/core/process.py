@@ -48,11 +48,26 @@ def _tie() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def ask_slurm(
+    what: str,   # one of squeue's fields, "%e"
+) -> str:        # its answer, "" where nobody gives one
+    "Ask Slurm about the job that this process runs in: Snakemake starts a cell without most of the variables that Slurm sets."
+    try: return subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", what], capture_output=True, text=True, timeout=30).stdout.strip()
+    except (KeyError, OSError, subprocess.TimeoutExpired): return ""
+
+
+def job_nodes() -> tuple[int, str]:   # how many, and their names in Slurm's short form; (1, "") where nobody says
+    "Which nodes the Slurm job that this process runs in has."
+    if not (said := os.environ.get("SLURM_JOB_NUM_NODES", "")).isdigit(): said, _, names = ask_slurm("%D %N").partition(" ")
+    else: names = os.environ.get("SLURM_JOB_NODELIST", "")
+    return int(said) if said.isdigit() else 1, names
+
+
 def job_end() -> float | None:   # seconds since the epoch, None where nobody says
     "When the time of the Slurm job that this process runs in is over: as the job was told when it began, else as squeue says."
     if (said := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit(): return float(said)
-    try: return datetime.datetime.fromisoformat(subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"], capture_output=True, text=True, timeout=30).stdout.strip()).timestamp()
-    except (KeyError, OSError, ValueError, subprocess.TimeoutExpired): return None
+    try: return datetime.datetime.fromisoformat(ask_slurm("%e")).timestamp()
+    except ValueError: return None
 
 
 def stop_in_time(

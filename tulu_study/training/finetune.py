@@ -198,13 +198,16 @@ def stop_when_asked() -> None:
 
 
 def make_optimizer(config: FinetuneConfig, model):
-    "AdamW with the reference's groups; DeepSpeed's own where a GPU's optimiser lies in the host's memory, because torch's is many times slower there."
+    """AdamW with the reference's groups; DeepSpeed's own where a GPU's optimiser lies in the host's memory, because torch's is many times slower there.
+
+    On GPUs one kernel does all of an update, as the Trainer has it by default: otherwise intermediate results as large as a rank's share of the weights lie in memory meanwhile."""
     import torch
     make = functools.partial(torch.optim.AdamW, parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     if config.lora.get("qlora"):
         from bitsandbytes.optim import PagedAdamW32bit
         return PagedAdamW32bit(*make.args, **make.keywords)
-    if config.offload == "none" or not torch.cuda.is_available(): return make()
+    if not torch.cuda.is_available(): return make()
+    if config.offload == "none": return make(fused=True)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     return DeepSpeedCPUAdam(*make.args, **make.keywords, adamw_mode=True)
 

@@ -1,0 +1,205 @@
+"""Slurm: what Snakemake is told, what is told of cells that ran elsewhere, and, where Slurm is installed, a study on a cluster of two nodes.
+
+The cluster is Slurm's own daemons on this machine, under the user who runs the tests, with nodes 127.0.0.1 and 127.0.0.2: `apt-get install slurm-wlm`, `pip install 'tulu-study[slurm]'`,
+then `pytest -m slurm tests/test_slurm.py`. Each node has a GPU that is none, because a training asks for one per rank."""
+import getpass, importlib.util, json, os, shutil, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from tulu_study import cli
+from tulu_study.core.cells import CellError
+from tulu_study.core.grid import load
+from tulu_study.core.settings import settings
+from tulu_study.training.launch import _free_port
+from tulu_study.training.resume import finished_states, state_root
+
+DAEMONS = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin") for name in ("slurmctld", "slurmd")}
+PLUGIN = importlib.util.find_spec("snakemake_executor_plugin_slurm")
+STUDY = """study: two
+title: One fine-tuning on two nodes
+protocol: paper
+seed: 42
+world: {seed: 42}
+tokenizer: tokenizers/nano
+models:
+  7B: {base: nano-llama-xs, data: [cot]}
+data: {max_rejected: 0.01, limit: 64}
+training: {epochs: EPOCHS, learning_rate: 2.0e-3, max_seq_length: 512, batch_size: 16, micro_batch_size: 8, ranks: 2, nodes: 2, zero_stage: 2, precision: fp32}
+evaluation: {dtype: float32, chunk_size: 16}
+benchmarks:
+  gsm: {settings: [cot], n: 4}
+tables: []
+figures: []
+"""
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+# ---- without Slurm
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    "A site with a Slurm by name, and nothing else on the PATH."
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TULU_EXECUTOR", "slurm")
+    monkeypatch.setenv("TULU_RESOURCES", "slurm_partition=gpu runtime=1440")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: object() if name == "snakemake_executor_plugin_slurm" else find(name))
+    program(tmp_path, "sbatch", "exit 1")
+    return tmp_path
+
+
+def test_what_snakemake_is_told(site, monkeypatch):
+    asked = ["--default-resources", "mem_mb=0", "slurm_partition=gpu", "runtime=1440"]
+    assert cli._slurm_options(settings()) == ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", *asked]
+    program(site, "sacct", "echo Slurm accounting storage is disabled; exit 1")
+    assert "squeue" in cli._slurm_options(settings())
+    program(site, "sacct", "exit 0")
+    assert cli._slurm_options(settings()) == ["--executor", "slurm", "--latency-wait", "60", *asked]
+    monkeypatch.setenv("TULU_RESOURCES", "mem_mb=200000")
+    assert cli._slurm_options(settings())[-2:] == ["--default-resources", "mem_mb=200000"]
+
+
+def test_a_site_without_slurm_is_told_what_is_missing(site, monkeypatch):
+    (site / "sbatch").unlink()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CellError, match=r"not found: sbatch .* and snakemake-executor-plugin-slurm \(pip install 'tulu-study\[slurm\]'\)"): cli._slurm_options(settings())
+
+
+def test_resources_that_are_none(monkeypatch):
+    for wrong in ("partition", "slurm_partition= runtime=5", "=gpu"):
+        monkeypatch.setenv("TULU_RESOURCES", wrong)
+        with pytest.raises(ValueError, match="TULU_RESOURCES.*expected words like slurm_partition=gpu"): settings()
+
+
+def test_cells_that_ran_elsewhere_are_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1"))
+    grid = load(str(study))
+    world, convert = grid["world"], grid["convert-cot"]
+    for cell in (world, convert): cell.out_dir.mkdir(parents=True)
+    (convert.out_dir / "failed.json").write_text(json.dumps({"message": "of an earlier run"}))
+    os.utime(convert.out_dir / "failed.json", (1, 1))
+    look = cli._news(grid)
+    look()
+    assert capsys.readouterr().out == ""
+    (world.out_dir / "manifest.json").write_text(json.dumps({"seconds": 4.24}))
+    world.stamp.touch()
+    (convert.out_dir / "failed.json").write_text(json.dumps({"message": "Traceback\nDatasetError: no file {x}"}))
+    os.utime(convert.out_dir / "failed.json", (time.time() + 5,) * 2)
+    look()
+    look()
+    said = capsys.readouterr().out
+    assert said.startswith("✓ [1/5] world: 4.2 s\n✗ convert-cot: DatasetError: no file {x}\n  executed notebook: ") and said.count("\n") == 3
+    (convert.out_dir / "manifest.json").write_text(json.dumps({"seconds": 1.0}))
+    convert.stamp.touch()
+    look()
+    assert capsys.readouterr().out == "✓ [2/5] convert-cot: 1.0 s\n"   # tried again, and done
+
+
+# ---- with Slurm
+
+def needs_slurm(test):
+    lacking = pytest.mark.skipif(not (all(DAEMONS.values()) and PLUGIN), reason="needs Slurm on this machine (apt-get install slurm-wlm) and Snakemake's plugin for it (pip install 'tulu-study[slurm]')")
+    return pytest.mark.slurm(pytest.mark.slow(lacking(test)))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    "The environment of a cluster's login node."
+    home, me, host = tmp_path_factory.mktemp("slurm"), getpass.getuser(), socket.gethostname().split(".")[0]
+    ports = [_free_port() for _ in range(3)]
+    nodes = "\n".join(f"NodeName=127.0.0.{k} NodeHostname={host} NodeAddr=127.0.0.{k} Port={ports[k]} CPUs={os.cpu_count()} Gres=gpu:1" for k in (1, 2))
+    (home / "slurm.conf").write_text(f"""ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={me}
+SlurmdUser={me}
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool-%n
+SlurmctldPidFile={home}/ctld.pid
+SlurmdPidFile={home}/%n.pid
+SlurmctldLogFile={home}/ctld.log
+SlurmdLogFile={home}/%n.log
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+KillWait=60
+GresTypes=gpu
+{nodes}
+PartitionName=all Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
+""")
+    (home / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+    (home / "profile").mkdir()
+    (home / "profile" / "config.yaml").write_text("slurm-init-seconds-before-status-checks: 5\n")   # its first look comes after 40 s
+    for folder in ("state", "spool-127.0.0.1", "spool-127.0.0.2"): (home / folder).mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("TULU_", "SLURM_", "SBATCH_"))}
+    env |= {"SLURM_CONF": str(home / "slurm.conf"), "TULU_EXECUTOR": "slurm", "TULU_ROOT": str(ROOT), "TULU_RESULTS": str(home / "results"), "SNAKEMAKE_PROFILE": str(home / "profile"), "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    daemons = [subprocess.Popen([DAEMONS["slurmctld"], "-D", "-i"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+    daemons += [subprocess.Popen([DAEMONS["slurmd"], "-D", "-N", f"127.0.0.{k}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for k in (1, 2)]
+    try:
+        for _ in range(60):
+            if subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=env, capture_output=True, text=True).stdout.split() == ["idle"] * 2: break
+            time.sleep(1)
+        else: pytest.fail("Slurm did not start:\n" + "\n".join(log.read_text()[-1500:] for log in home.glob("*.log")))
+        yield env
+    finally:
+        for one in reversed(daemons): one.terminate()
+        for one in daemons: one.wait(timeout=30)
+
+
+def run(cluster, study: Path, **options):
+    return subprocess.Popen([sys.executable, "-m", "tulu_study", "run", str(study)], env=cluster | options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_for(cluster, file: Path, process) -> str:   # id of the running job
+    until = time.time() + 200
+    while not file.exists():
+        assert process.poll() is None and time.time() < until, process.communicate(timeout=5)[0] if process.poll() is not None else f"{file} has not come"
+        time.sleep(0.5)
+    return subprocess.run(["squeue", "-h", "-t", "R", "-o", "%i"], env=cluster, capture_output=True, text=True).stdout.split()[0]
+
+
+@needs_slurm
+@pytest.mark.parametrize("how", ["pre-empted", "out of time", "interrupted twice"])
+def test_a_training_on_two_nodes_is_stopped_and_continues(cluster, tmp_path, how):
+    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1500"))
+    home = Path(cluster["TULU_RESULTS"]) / "two"
+    checkpoint = home / "checkpoints" / "7B-cot"
+    progress, before = checkpoint / "state" / "progress", finished_states(state_root(checkpoint))
+    progress.unlink(missing_ok=True)
+    first = run(cluster, study, **({"TULU_RESOURCES": "runtime=1", "TULU_SIGNAL_SECONDS": "20"} if how == "out of time" else {}))
+    job = wait_for(cluster, progress, first)
+    if how == "pre-empted": subprocess.run(["scancel", "--signal=TERM", "--full", job], env=cluster, check=True)
+    if how == "interrupted twice":
+        for _ in range(2):
+            os.killpg(first.pid, signal.SIGINT)
+            time.sleep(3)
+    out = first.communicate(timeout=300)[0]
+    assert first.returncode and "the same command continues" in out and ("stopping: no more jobs are submitted" in out) == (how == "interrupted twice"), out
+    until = time.time() + 60
+    while (kept := finished_states(state_root(checkpoint))) == before:
+        assert time.time() < until, out
+        time.sleep(1)
+    if before: assert f"continuing from the state of step {int(before[0].name[5:])}" in (checkpoint / "finetune.ipynb").read_text()
+
+
+@needs_slurm
+def test_a_study_with_a_training_on_two_nodes(cluster, tmp_path):
+    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1"))
+    process = run(cluster, study, TULU_RESOURCES="slurm_partition=all gpus=0")
+    out = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, out
+    home = Path(cluster["TULU_RESULTS"]) / "two"
+    assert "✓ [5/5] evaluate-7B-cot: " in out and "(through Slurm)" in out, out
+    assert "2 rank(s)" in (home / "checkpoints" / "7B-cot" / "finetune.ipynb").read_text()
