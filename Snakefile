@@ -18,13 +18,13 @@ def needs(stage, label="label"):
 
 
 def gpus(stage):
-    asked = "gpus=0" not in GRID.site.resources.split() if SLURM else config.get("gpus")
+    asked = "gpus" not in GRID.site.resources if SLURM else config.get("gpus")   # a site can only say gpus=0
     return lambda w: GRID[f"{stage}-{w.label}"].gpus if asked else 0
 
 
 def slurm(stage):
     "Nodes, tasks, processors and GPUs of a cell as Slurm's plugin wants to hear them; nothing for cells that run here."
-    def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}"], GRID.site.threads, GRID.site.resources)[name]
+    def value(name): return lambda w: grid.slurm_resources(GRID[f"{stage}-{w.label}" if "label" in w.keys() else stage], GRID.site.threads, "gpus" not in GRID.site.resources)[name]
     return {name: value(name) for name in ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra")} if SLURM else {}
 
 
@@ -39,6 +39,7 @@ rule all:
 
 rule world:            # the invented world of the nano study, as raw files
     output: ROOT + "/sources/done.{key}"
+    resources: **slurm("world")
     shell: CELL + " world"
 
 
@@ -52,6 +53,7 @@ rule convert:          # raw files of one dataset -> conversations and rejects
     input: needs("convert")
     output: ROOT + "/data/{label}/done.{key}"
     wildcard_constraints: label = by_stage("convert")
+    resources: **slurm("convert")
     shell: CELL + " convert-{wildcards.label}"
 
 
@@ -59,6 +61,7 @@ rule mix:              # conversations of several datasets, concatenated
     input: needs("mix")
     output: ROOT + "/data/{label}/done.{key}"
     wildcard_constraints: label = by_stage("mix")
+    resources: **slurm("mix")
     shell: CELL + " mix-{wildcards.label}"
 
 
@@ -74,6 +77,7 @@ rule base_model:       # a published base model, as a Hugging Face folder
     input: needs("base_model")
     output: ROOT + "/base/{label}/done.{key}"
     wildcard_constraints: label = by_stage("base_model")
+    resources: **slurm("base_model")
     shell: CELL + " base_model-{wildcards.label}"
 
 
@@ -94,10 +98,12 @@ rule evaluate:         # a checkpoint and the benchmarks -> predictions and scor
 rule table:
     input: needs("table")
     output: ROOT + "/tables/{label}/done.{key}"
+    resources: **slurm("table")
     shell: CELL + " table-{wildcards.label}"
 
 
 rule figure:
     input: needs("figure")
     output: ROOT + "/figures/{label}/done.{key}"
+    resources: **slurm("figure")
     shell: CELL + " figure-{wildcards.label}"

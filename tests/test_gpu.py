@@ -112,3 +112,10 @@ def test_merging_4_bits_takes_one_layer_of_the_gpu(place, wide):
     before, layer = torch.cuda.memory_allocated(), 2 * 64 * 128   # bytes of the largest layer in 16 bits; there are 14 layers
     merged = dequantised(base)
     assert torch.cuda.max_memory_allocated() - before < 2 * layer and {p.device.type for p in merged.parameters()} == {"cpu"}
+
+
+def test_one_kernel_updates_all(place):
+    from transformers import AutoModelForCausalLM
+    from tulu_study.training.finetune import make_optimizer
+    optimizer = make_optimizer(settings(place, "gpu-adamw"), AutoModelForCausalLM.from_pretrained(place / "llama").cuda())
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
+from tulu_study.core import process
 from tulu_study.core.grid import Cell, slurm_resources, warning_seconds
 from tulu_study.core.process import PATIENCE, job_end, job_nodes
 from tulu_study.training.config import TrainingError, TrainingInterrupted
@@ -62,7 +64,18 @@ def test_nodes_where_snakemake_took_slurms_variables_away(place, slurm, asked):
     assert not any(word.startswith("--cpus-per-task") for word in command_for(config, Path("s.json")))
 
 
-@pytest.mark.parametrize("answer, found", [("echo 2 'n[1-2]'", (2, "n[1-2]")), ("echo 1 n1", (1, "n1")), ("echo", (1, "")), ("exit 1", (1, ""))])
+def test_a_busy_controller_is_asked_again(place, slurm, asked, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(process, "time", types.SimpleNamespace(sleep=waited.append))
+    slurm(JOB_ID="123")
+    asked(f"test -f {tmp_path}/late && echo 2 'n[1-2]' && exit; touch {tmp_path}/late; exit 1")
+    assert job_nodes() == (2, "n[1-2]") and waited == [0, 5]
+    asked("exit 1")
+    with pytest.raises(TrainingError, match="Slurm does not say which nodes job 123 has"): command_for(settings(place, "asked", ranks=2, nodes=2), Path("s.json"))
+    assert waited == [0, 5, 0, 5, 20, 60]
+
+
+@pytest.mark.parametrize("answer, found", [("echo 2 'n[1-2]'", (2, "n[1-2]")), ("echo 1 n1", (1, "n1")), ("echo", (0, ""))])
 def test_how_many_nodes_a_job_has(slurm, asked, answer, found):
     slurm(JOB_ID="123")
     asked(answer)
@@ -81,7 +94,7 @@ def test_several_nodes_without_slurm(place, slurm):
     text = str(error.value)
     assert "not in a Slurm job" in text and f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29400 --rdzv-id=13B-dolly" in text
     assert json.loads((place / "by-hand" / "settings.json").read_text())["nodes"] == 2   # what the printed command names
-    slurm(JOB_ID="7", JOB_NUM_NODES="1")
+    slurm(JOB_ID="7", JOB_NUM_NODES="1", JOB_NODELIST="n1")
     with pytest.raises(TrainingError, match=r"this Slurm job \(7\) has 1: ask for --nodes=2"): launch(config)
 
 
@@ -89,8 +102,8 @@ def test_resources(tmp_path):
     cell = lambda gpus, nodes=1: Cell("finetune-x", "finetune", "finetune", {}, tmp_path, [], {}, gpus, nodes)
     assert slurm_resources(cell(32, 4), 7) == {"nodes": 4, "tasks": 4, "cpus_per_task": 56, "mpi": "srun", "slurm_extra": "--gpus-per-node=8"}
     assert slurm_resources(cell(1)) == {"nodes": 1, "tasks": 1, "cpus_per_task": 1, "mpi": "", "slurm_extra": "--gpus-per-node=1"}
-    assert slurm_resources(cell(0))["slurm_extra"] == "" == slurm_resources(cell(8, 2), 2, "slurm_partition=cpu gpus=0")["slurm_extra"]
-    assert slurm_resources(cell(8, 2), 2, "gpus=0")["cpus_per_task"] == 8
+    assert slurm_resources(cell(0))["slurm_extra"] == "" == slurm_resources(cell(8, 2), 2, False)["slurm_extra"]
+    assert slurm_resources(cell(8, 2), 2, False)["cpus_per_task"] == 8
 
 
 def test_how_long_before_the_end_a_cell_stops(monkeypatch):
@@ -104,7 +117,7 @@ def test_how_long_before_the_end_a_cell_stops(monkeypatch):
 
 
 def test_when_a_job_ends(slurm, tmp_path, asked):
-    "The job's own environment says it, else squeue does; where neither does, nobody is stopped."
+    "As squeue says, since a limit may be changed; else as the job was told; where neither says it, nobody is stopped."
     assert job_end() is None
     asked("echo 2030-01-02T03:04:05")
     slurm(JOB_ID="7")
@@ -114,20 +127,33 @@ def test_when_a_job_ends(slurm, tmp_path, asked):
         assert job_end() is None
     slurm(JOB_END_TIME="1893553445")
     assert job_end() == 1893553445
+    asked("echo 2030-01-02T03:04:05")
+    assert datetime.datetime.fromtimestamp(job_end()).isoformat() == "2030-01-02T03:04:05"
 
 
 @pytest.mark.parametrize("job, seconds, stopped", [("7", 1, True), ("7", 0, False), (None, 1, False)])
 def test_a_process_stops_before_the_time_of_its_job_is_over(slurm, job, seconds, stopped):
     if job: slurm(JOB_ID=job)
-    slurm(JOB_END_TIME=str(int(time.time()) + 3))
+    slurm(JOB_END_TIME=str(int(time.time()) + 5))
     code = f"""import signal, sys, time
 from tulu_study.core.process import stop_in_time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"asked {{int(time.time())}}"))
 stop_in_time({seconds})
-time.sleep(4)"""
+time.sleep(6)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("the time of Slurm job 7 is over in ") == stopped and done.returncode == int(stopped), done
     if stopped: assert int(done.stderr.split()[1]) < int(os.environ["SLURM_JOB_END_TIME"])
+
+
+def test_a_limit_that_changes_on_the_way_is_noticed(monkeypatch):
+    "Pre-emption with a grace time sets a new end: it is asked for once a minute, and stops the process before it."
+    clock, killed = [0.0], []
+    monkeypatch.setattr(process, "time", types.SimpleNamespace(time=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
+    monkeypatch.setattr(process, "job_end", lambda: 3600.0 if clock[0] < 120 else None if clock[0] < 180 else 300.0)
+    monkeypatch.setattr(process.os, "kill", lambda pid, sign: killed.append((clock[0], pid, sign)))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    process._stop_in_time(100)
+    assert killed == [(240.0, os.getpid(), signal.SIGTERM)]   # at 180 s it hears of 300, less than twice 100 s away: half of what is left passes first
 
 
 STEPS = [f"step {n}/2000  loss {3 - n / 1000:.4f}  rate 2.00e-05  1,234 tokens/s  {n} s passed  {2000 - n} s left" for n in range(1, 2001)]

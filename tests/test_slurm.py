@@ -1,7 +1,7 @@
 """Slurm: what Snakemake is told, what is told of cells that ran elsewhere, and, where Slurm is installed, a study on a cluster of two nodes.
 
 The cluster is Slurm's own daemons on this machine, under the user who runs the tests, with nodes 127.0.0.1 and 127.0.0.2: `apt-get install slurm-wlm`, `pip install 'tulu-study[slurm]'`,
-then `pytest -m slurm tests/test_slurm.py`. Each node has a GPU that is none, because a training asks for one per rank."""
+then `pytest -m slurm tests/test_slurm.py` (five minutes). Its GPUs are none: a training asks for one per rank."""
 import getpass, importlib.util, json, os, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
@@ -54,14 +54,11 @@ def site(tmp_path, monkeypatch):
 
 
 def test_what_snakemake_is_told(site, monkeypatch):
-    asked = ["--default-resources", "mem_mb=0", "slurm_partition=gpu", "runtime=1440"]
-    assert cli._slurm_options(settings()) == ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", *asked]
-    program(site, "sacct", "echo Slurm accounting storage is disabled; exit 1")
-    assert "squeue" in cli._slurm_options(settings())
-    program(site, "sacct", "exit 0")
-    assert cli._slurm_options(settings()) == ["--executor", "slurm", "--latency-wait", "60", *asked]
-    monkeypatch.setenv("TULU_RESOURCES", "mem_mb=200000")
-    assert cli._slurm_options(settings())[-2:] == ["--default-resources", "mem_mb=200000"]
+    options = ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", "--default-resources"]
+    for said, asked in (("slurm_partition=gpu runtime=24h", ["mem_mb=0", "slurm_partition='gpu'", "runtime='24h'"]), ("mem=200GB constraint=a100|h100", ["mem='200GB'", "constraint='a100|h100'"]),
+                        ("mem_mb_per_cpu=4000 gpus=0", ["mem_mb_per_cpu=4000", "gpus=0"])):   # quoted: Snakemake takes `all`, a partition like any other, for Python's
+        monkeypatch.setenv("TULU_RESOURCES", said)
+        assert cli._slurm_options(settings()) == [*options, *asked]
 
 
 def test_a_site_without_slurm_is_told_what_is_missing(site, monkeypatch):
@@ -70,10 +67,11 @@ def test_a_site_without_slurm_is_told_what_is_missing(site, monkeypatch):
     with pytest.raises(CellError, match=r"not found: sbatch .* and snakemake-executor-plugin-slurm \(pip install 'tulu-study\[slurm\]'\)"): cli._slurm_options(settings())
 
 
-def test_resources_that_are_none(monkeypatch):
-    for wrong in ("partition", "slurm_partition= runtime=5", "=gpu"):
-        monkeypatch.setenv("TULU_RESOURCES", wrong)
-        with pytest.raises(ValueError, match="TULU_RESOURCES.*expected words like slurm_partition=gpu"): settings()
+@pytest.mark.parametrize("said, problem", [("partition", "holds 'partition'|holds partition; expected words like slurm_partition=gpu"), ("slurm_partition= runtime=5", "holds slurm_partition; expected words"), ("=gpu", "holds 'gpu'; expected words"),
+                                           ("nodes=2", "holds nodes=2; the study says that of each cell"), ("gpus=4", "holds gpus=4; the study says"), ("runtime=1-00:00:00", "runtime=1-00:00:00; expected minutes")])
+def test_resources_that_are_none(monkeypatch, said, problem):
+    monkeypatch.setenv("TULU_RESOURCES", said)
+    with pytest.raises(ValueError, match=f"TULU_RESOURCES.*({problem})"): settings()
 
 
 def test_cells_that_ran_elsewhere_are_told_of(tmp_path, monkeypatch, capsys):
@@ -82,15 +80,16 @@ def test_cells_that_ran_elsewhere_are_told_of(tmp_path, monkeypatch, capsys):
     grid = load(str(study))
     world, convert = grid["world"], grid["convert-cot"]
     for cell in (world, convert): cell.out_dir.mkdir(parents=True)
-    (convert.out_dir / "failed.json").write_text(json.dumps({"message": "of an earlier run"}))
-    os.utime(convert.out_dir / "failed.json", (1, 1))
+    (convert.out_dir / "failed.json").write_text(json.dumps({"error": "of an earlier run"}))
     look = cli._news(grid)
     look()
     assert capsys.readouterr().out == ""
     (world.out_dir / "manifest.json").write_text(json.dumps({"seconds": 4.24}))
     world.stamp.touch()
-    (convert.out_dir / "failed.json").write_text(json.dumps({"message": "Traceback\nDatasetError: no file {x}"}))
-    os.utime(convert.out_dir / "failed.json", (time.time() + 5,) * 2)
+    (convert.out_dir / "failed.json").write_text("half of it")
+    look()
+    time.sleep(0.02)   # until the clock of files ticks
+    (convert.out_dir / "failed.json").write_text(json.dumps({"error": "Traceback\nDatasetError: no file {x}"}))
     look()
     look()
     said = capsys.readouterr().out
@@ -138,13 +137,12 @@ KillWait=60
 GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=other Nodes=127.0.0.1 MaxTime=1 State=UP
 """)
     (home / "gres.conf").write_text("Name=gpu File=/dev/null\n")
-    (home / "profile").mkdir()
-    (home / "profile" / "config.yaml").write_text("slurm-init-seconds-before-status-checks: 5\n")   # its first look comes after 40 s
     for folder in ("state", "spool-127.0.0.1", "spool-127.0.0.2"): (home / folder).mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TULU_", "SLURM_", "SBATCH_"))}
-    env |= {"SLURM_CONF": str(home / "slurm.conf"), "TULU_EXECUTOR": "slurm", "TULU_ROOT": str(ROOT), "TULU_RESULTS": str(home / "results"), "SNAKEMAKE_PROFILE": str(home / "profile"), "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    env |= {"SLURM_CONF": str(home / "slurm.conf"), "TULU_EXECUTOR": "slurm", "TULU_ROOT": str(ROOT), "TULU_RESULTS": str(home / "results"), "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     daemons = [subprocess.Popen([DAEMONS["slurmctld"], "-D", "-i"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
     daemons += [subprocess.Popen([DAEMONS["slurmd"], "-D", "-N", f"127.0.0.{k}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for k in (1, 2)]
     try:
@@ -158,48 +156,53 @@ PartitionName=all Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
         for one in daemons: one.wait(timeout=30)
 
 
-def run(cluster, study: Path, **options):
-    return subprocess.Popen([sys.executable, "-m", "tulu_study", "run", str(study)], env=cluster | options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
-def wait_for(cluster, file: Path, process) -> str:   # id of the running job
-    until = time.time() + 200
-    while not file.exists():
-        assert process.poll() is None and time.time() < until, process.communicate(timeout=5)[0] if process.poll() is not None else f"{file} has not come"
-        time.sleep(0.5)
-    return subprocess.run(["squeue", "-h", "-t", "R", "-o", "%i"], env=cluster, capture_output=True, text=True).stdout.split()[0]
-
-
-@needs_slurm
-@pytest.mark.parametrize("how", ["pre-empted", "out of time", "interrupted twice"])
-def test_a_training_on_two_nodes_is_stopped_and_continues(cluster, tmp_path, how):
-    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1500"))
-    home = Path(cluster["TULU_RESULTS"]) / "two"
-    checkpoint = home / "checkpoints" / "7B-cot"
-    progress, before = checkpoint / "state" / "progress", finished_states(state_root(checkpoint))
-    progress.unlink(missing_ok=True)
-    first = run(cluster, study, **({"TULU_RESOURCES": "runtime=1", "TULU_SIGNAL_SECONDS": "20"} if how == "out of time" else {}))
-    job = wait_for(cluster, progress, first)
-    if how == "pre-empted": subprocess.run(["scancel", "--signal=TERM", "--full", job], env=cluster, check=True)
-    if how == "interrupted twice":
-        for _ in range(2):
-            os.killpg(first.pid, signal.SIGINT)
-            time.sleep(3)
-    out = first.communicate(timeout=300)[0]
-    assert first.returncode and "the same command continues" in out and ("stopping: no more jobs are submitted" in out) == (how == "interrupted twice"), out
-    until = time.time() + 60
-    while (kept := finished_states(state_root(checkpoint))) == before:
-        assert time.time() < until, out
-        time.sleep(1)
-    if before: assert f"continuing from the state of step {int(before[0].name[5:])}" in (checkpoint / "finetune.ipynb").read_text()
+def run(cluster, tmp_path: Path, epochs: int, profile: str = "", **options):
+    (tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", str(epochs)))
+    (tmp_path / "config.yaml").write_text("slurm-init-seconds-before-status-checks: 5\n" + profile)   # else the plugin looks after 40 s for the first time
+    return subprocess.Popen([sys.executable, "-m", "tulu_study", "run", str(tmp_path / "two.yaml")], env=cluster | {"SNAKEMAKE_PROFILE": str(tmp_path)} | options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 @needs_slurm
 def test_a_study_with_a_training_on_two_nodes(cluster, tmp_path):
-    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1"))
-    process = run(cluster, study, TULU_RESOURCES="slurm_partition=all gpus=0")
+    process = run(cluster, tmp_path, 1, TULU_RESOURCES="slurm_partition=all gpus=0")
     out = process.communicate(timeout=400)[0]
     assert process.returncode == 0, out
     home = Path(cluster["TULU_RESULTS"]) / "two"
     assert "✓ [5/5] evaluate-7B-cot: " in out and "(through Slurm)" in out, out
     assert "2 rank(s)" in (home / "checkpoints" / "7B-cot" / "finetune.ipynb").read_text()
+
+
+@needs_slurm
+def test_what_slurm_refuses_is_said(cluster, tmp_path):
+    out = run(cluster, tmp_path, 2, TULU_RESOURCES="slurm_partition=nosuch").communicate(timeout=200)[0]
+    assert "invalid partition specified: nosuch" in out and "finetune-7B-cot" in out, out
+
+
+STOPS = {"signalled": "scancel --signal=TERM --full", "cancelled": "scancel", "out of time": "", "interrupted twice": ""}
+
+
+@needs_slurm
+@pytest.mark.parametrize("how", STOPS)
+def test_a_training_on_two_nodes_is_stopped_and_continues(cluster, tmp_path, how):
+    checkpoint = Path(cluster["TULU_RESULTS"]) / "two" / "checkpoints" / "7B-cot"
+    progress, before = checkpoint / "state" / "progress", finished_states(state_root(checkpoint))
+    progress.unlink(missing_ok=True)
+    process = run(cluster, tmp_path, 1500, *(["set-resources:\n  finetune:\n    runtime: 1\n"] if how == "out of time" else []), TULU_SIGNAL_SECONDS="20")
+    until = time.time() + 300
+    while not progress.exists():
+        assert process.poll() is None and time.time() < until, process.communicate(timeout=5)[0] if process.poll() is not None else "the training has not begun"
+        time.sleep(0.5)
+    if STOPS[how]:
+        job = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%i"], env=cluster, capture_output=True, text=True).stdout.strip()
+        subprocess.run([*STOPS[how].split(), job], env=cluster, check=True)
+    if how == "interrupted twice":
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(3)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode and "the same command continues" in out and ("stopping: no more jobs are submitted" in out) == (how == "interrupted twice"), out
+    until = time.time() + 60
+    while (kept := finished_states(state_root(checkpoint))) == before:
+        assert time.time() < until, out
+        time.sleep(1)
+    if before: assert f"continuing from the state of step {int(before[0].name[5:])}" in (checkpoint / "finetune.ipynb").read_text()

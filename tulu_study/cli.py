@@ -1,7 +1,7 @@
 """The command `tulu-study`: plan a study, run it, draw its figures into the checkout, and ask what this machine can do.
 
 The comments after each argument are its `--help`."""
-import collections, concurrent.futures, contextlib, importlib.util, inspect, itertools, json, os, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
+import collections, concurrent.futures, contextlib, importlib.util, inspect, itertools, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from fastcore.script import anno_parser, call_parse
@@ -75,12 +75,23 @@ def _snakemake(grid: Grid, study: str, jobs: int) -> tuple[int, list[int]]:   # 
     "Run the grid; Snakemake's own lock is not needed, since ours ends with the process that holds it."
     site, gpus = grid.site, _gpus()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root()/"Snakefile"), "--directory", str(grid.root), "--nolock", "--rerun-incomplete", "--keep-going", "--rerun-triggers", "mtime",
-               "--quiet", "all", "--config", f"study={study}", f"gpus={len(gpus)}"]
-    if site.executor == "slurm": command += [*_slurm_options(site), "--jobs", str(jobs)]
-    else: command += ["--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
-    child = start_child(command, start_new_session=True, env={**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {}))
-    if site.executor == "slurm": return _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them", 60, _news(grid))
-    return _wait(child, "what is running is saved; press Ctrl-C again to end at once")
+               "--config", f"study={study}", f"gpus={len(gpus)}"]
+    env = {**os.environ, "TULU_ROOT": str(project_root()), "TULU_RESULTS": str(site.results), "TULU_CACHE": str(site.cache)} | ({"TULU_SOURCES": str(site.sources)} if site.sources else {})
+    if site.executor == "slurm": return _through_slurm(grid, [*command, *_slurm_options(site), "--jobs", str(jobs)], env)
+    command += ["--quiet", "all", "--cores", str(jobs)] + (["--resources", f"gpus={len(gpus)}"] if gpus else [])
+    return _wait(start_child(command, start_new_session=True, env=env), "what is running is saved; press Ctrl-C again to end at once")
+
+
+def _through_slurm(grid: Grid, command: list[str], env: dict) -> tuple[int, list[int]]:   # as _wait
+    "Let Snakemake submit the cells. What it says goes into a file, of which errors are shown: an unknown partition is known to nobody else."
+    log = grid.root/"snakemake.log"
+    if conf := os.environ.get("SLURM_CONF"): env["TULU_SLURM_CONF"] = conf   # Snakemake's job step takes Slurm's own away
+    with open(log, "w") as out:
+        child = start_child([*command, "--quiet", "progress", "host", "reason"], start_new_session=True, env=env, stdout=out, stderr=subprocess.STDOUT)
+        code, asked = _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them", 60, _news(grid))
+    refused = dict.fromkeys(line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(r"sbatch failed|sbatch: error|SLURM-job|Error: \S", line))
+    if code and not asked and refused: print("Snakemake says (all of it is in " + os.path.relpath(log) + "):\n" + "\n".join(f"  {line[:300]}" for line in list(refused)[-8:]), file=sys.stderr)
+    return code, asked
 
 
 def _slurm_lacks() -> list[str]:
@@ -92,24 +103,26 @@ def _slurm_lacks() -> list[str]:
 def _slurm_options(site: Settings) -> list[str]:   # words for Snakemake
     "Let Slurm run the cells. Raises CellError where something for it is missing."
     if lacking := _slurm_lacks(): raise CellError(f"[executor] profile is slurm, and not found: {' and '.join(lacking)}. Or take profile = local.")
-    counted = shutil.which("sacct") and subprocess.run(["sacct", "-n", "-X"], capture_output=True).returncode == 0   # without accounting the plugin's own choice, sacct, waits for ever
-    asked = {"mem_mb": "0"} | dict(word.split("=", 1) for word in site.resources.split())
-    return ["--executor", "slurm", "--latency-wait", "60", *([] if counted else ["--slurm-status-command", "squeue"]),
-            "--default-resources", *(f"{name}={value}" for name, value in asked.items())]   # mem_mb 0: what the cluster gives by itself, where Snakemake would ask for 1 GB
+    asked = ({} if any(name.startswith("mem") for name in site.resources) else {"mem_mb": "0"}) | site.resources   # 0: what the cluster gives by itself, where Snakemake would ask for 1 GB
+    # squeue answers without accounting too, and calls a cancelled job CANCELLED, where sacct adds by whom and the plugin then waits for ever
+    return ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", "--default-resources", *(f"{name}={value if value.isdigit() else repr(value)}" for name, value in asked.items())]
 
 
 def _news(grid: Grid):   # a function to be called now and then
     "Cells that Slurm runs print into its logs: tell here from their files which have finished and which failed."
-    began, done, failed, wide = time.time(), {name for name, cell in grid.items() if cell.stamp.exists()}, set(), len(str(len(grid)))
+    changed = lambda path: path.stat().st_mtime_ns if path.exists() else 0
+    done, wide = {name for name, cell in grid.items() if cell.stamp.exists()}, len(str(len(grid)))
+    failures = {name: changed(cell.out_dir/"failed.json") for name, cell in grid.items()}
     def look():
         for name, cell in grid.items():
             if name in done: continue
-            if cell.stamp.exists() and (manifest := read_manifest(cell.out_dir)):
-                done.add(name)
-                print(f"✓ [{len(done):>{wide}}/{len(grid)}] {name}: {manifest['seconds']:.1f} s", flush=True)
-            elif name not in failed and (why := cell.out_dir/"failed.json").exists() and why.stat().st_mtime > began:
-                failed.add(name)
-                print(f"✗ {name}: {json.loads(why.read_text())['message'].splitlines()[-1]}\n  executed notebook: {os.path.relpath(cell.executed)}", flush=True)
+            with contextlib.suppress(OSError, ValueError, KeyError):   # a file may come and go while one looks
+                if cell.stamp.exists() and (manifest := read_manifest(cell.out_dir)):
+                    done.add(name)
+                    print(f"✓ [{len(done):>{wide}}/{len(grid)}] {name}: {manifest['seconds']:.1f} s", flush=True)
+                elif (when := changed(cell.out_dir/"failed.json")) not in (0, failures[name]):
+                    failures[name] = when
+                    print(f"✗ {name}: {json.loads((cell.out_dir/'failed.json').read_text())['error'].strip().splitlines()[-1]}\n  executed notebook: {os.path.relpath(cell.executed)}", flush=True)
     return look
 
 
@@ -137,8 +150,8 @@ def _wait(
             with contextlib.suppress(subprocess.TimeoutExpired): child.wait(timeout=cancelling)
         raise
     finally:
-        if look: look()
         for one, handler in before.items(): signal.signal(one, handler)
+        if look: look()
 
 
 def _stop_cells(snakemake: subprocess.Popen, told: set) -> None:
@@ -212,7 +225,7 @@ def _summary(grid: Grid, ran: list[str], wall: float, jobs: int) -> str:
     queued = grid.site.executor == "slurm"   # where nobody knows what waited for what
     text = f"{len(ran)} cells in {wall:.0f} s ({'through Slurm' if queued else f'{jobs} at a time'}): {compute:.0f} s of compute"
     if not queued: text += f"; {overhead:.0%} of the {wall * jobs:.0f} s of all places was something else (imports, kernels, waiting)"
-    (grid.root/"last_run.json").write_text(json.dumps({"cells": len(ran), "wall_seconds": round(wall, 1), "jobs": jobs, "compute_seconds": round(compute, 1), "not_compute": round(overhead, 3)}))
+    (grid.root/"last_run.json").write_text(json.dumps({"cells": len(ran), "wall_seconds": round(wall, 1), "jobs": jobs, "compute_seconds": round(compute, 1), "not_compute": None if queued else round(overhead, 3)}))
     return text
 
 
@@ -264,6 +277,7 @@ def cell(
 ):
     "Run one cell of a study (Snakemake calls this for each)."
     die_with_parent(int(os.environ.get("TULU_PARENT", 0)) or None)
+    if conf := os.environ.get("TULU_SLURM_CONF"): os.environ["SLURM_CONF"] = conf
     stop_in_time(grids.warning_seconds())
     grid = load(study)
     if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")

@@ -83,11 +83,13 @@ def warning_seconds() -> int:
 def slurm_resources(
     cell: Cell,   # with gpus and nodes
     threads: int = 1,   # of one rank
-    asked: str = "",    # what the site asks for beside: "gpus=0" leaves GPUs out
+    gpus: bool = True,  # False = none, where CPUs suffice
 ) -> dict:        # names of snakemake-executor-plugin-slurm
-    "What a cell asks Slurm for: one task per node, with all GPUs of that node; the task starts the ranks. `mpi` makes the plugin run the cell itself on the first node, from where it calls srun. Nothing warns the job before its time is over: the cell looks at the clock itself."
+    """What a cell asks Slurm for: one task per node, which starts the ranks of that node, with the GPUs for them.
+
+    Whatever `mpi` says, its presence makes the plugin run the cell in the job's own shell on the first node; without it, `srun` would start it, and an srun of its own inside that has to be told everything anew."""
     each = -(-cell.gpus // cell.nodes)
-    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each and "gpus=0" not in asked.split() else ""}
+    return {"nodes": cell.nodes, "tasks": cell.nodes, "cpus_per_task": max(each, 1) * threads, "mpi": "srun" if cell.nodes > 1 else "", "slurm_extra": f"--gpus-per-node={each}" if each and gpus else ""}
 
 
 @dataclass

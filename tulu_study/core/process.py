@@ -1,5 +1,5 @@
 "Processes that end together: a killed study leaves no orphan that goes on writing."
-import contextlib, ctypes, datetime, fcntl, os, signal, subprocess, sys, threading, time
+import contextlib, ctypes, datetime, fcntl, math, os, signal, subprocess, sys, threading, time
 
 PR_SET_PDEATHSIG = 1
 PATIENCE = 600   # seconds that a trainer gets to finish its step and save its state after SIGTERM
@@ -49,25 +49,30 @@ def _tie() -> None:
 
 
 def ask_slurm(
-    what: str,   # one of squeue's fields, "%e"
-) -> str:        # its answer, "" where nobody gives one
+    what: str,        # squeue's fields, "%D %N"
+    tries: int = 1,   # with ever longer pauses between them: a busy controller answers late
+) -> str:             # its answer, "" where nobody gives one
     "Ask Slurm about the job that this process runs in: Snakemake starts a cell without most of the variables that Slurm sets."
-    try: return subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", what], capture_output=True, text=True, timeout=30).stdout.strip()
-    except (KeyError, OSError, subprocess.TimeoutExpired): return ""
+    for pause in (0, 5, 20, 60)[:tries]:
+        time.sleep(pause)
+        try: said = subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", what], capture_output=True, text=True, timeout=60)
+        except (KeyError, FileNotFoundError): return ""
+        except (OSError, subprocess.TimeoutExpired): continue
+        if said.returncode == 0: return said.stdout.strip()
+    return ""
 
 
-def job_nodes() -> tuple[int, str]:   # how many, and their names in Slurm's short form; (1, "") where nobody says
+def job_nodes() -> tuple[int, str]:   # how many, and their names in Slurm's short form; 0 and "" where nobody says
     "Which nodes the Slurm job that this process runs in has."
-    if not (said := os.environ.get("SLURM_JOB_NUM_NODES", "")).isdigit(): said, _, names = ask_slurm("%D %N").partition(" ")
-    else: names = os.environ.get("SLURM_JOB_NODELIST", "")
-    return int(said) if said.isdigit() else 1, names
+    if (said := os.environ.get("SLURM_JOB_NUM_NODES", "")).isdigit(): return int(said), os.environ.get("SLURM_JOB_NODELIST", "")
+    said, _, names = ask_slurm("%D %N", tries=4).partition(" ")
+    return (int(said), names) if said.isdigit() else (0, "")
 
 
 def job_end() -> float | None:   # seconds since the epoch, None where nobody says
-    "When the time of the Slurm job that this process runs in is over: as the job was told when it began, else as squeue says."
-    if (said := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit(): return float(said)
+    "When the time of the Slurm job that this process runs in is over: as squeue says, since limits change and pre-emption sets a new one; else as the job was told when it began."
     try: return datetime.datetime.fromisoformat(ask_slurm("%e")).timestamp()
-    except ValueError: return None
+    except ValueError: return float(said) if (said := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit() else None
 
 
 def stop_in_time(
@@ -80,9 +85,14 @@ def stop_in_time(
 
 
 def _stop_in_time(seconds: int) -> None:
-    "Wait for the moment, say so, and ask."
-    if (end := job_end()) is None or (left := end - time.time()) <= 0: return
-    time.sleep(max(left - seconds, left / 2))
+    "Ask once a minute when the job ends, wait for the moment, say so, and stop this process."
+    end, moment = None, math.inf
+    while True:
+        now, said = time.time(), job_end()
+        if said and said > now and said != end: end, moment = said, max(said - seconds, (now + said) / 2)
+        if moment - now <= 60: break
+        time.sleep(60)
+    time.sleep(max(moment - time.time(), 0))
     print(f"the time of Slurm job {os.environ['SLURM_JOB_ID']} is over in {end - time.time():.0f} s: stopping", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 

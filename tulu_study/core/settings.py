@@ -6,7 +6,7 @@
 __all__ = ['packaged_root', 'project_root', 'Settings', 'settings']
 
 # %% ../../nbs/core/00_settings.ipynb #cfb13c9a
-import configparser, os
+import configparser, os, re
 from dataclasses import dataclass
 from pathlib import Path
 import tulu_study
@@ -50,7 +50,7 @@ class Settings:
     threads: int           # compute threads per cell
     executor: str          # "local" or "slurm"
     jobs: int              # cells side by side, 0 = one per core, or 100 in the queue
-    resources: str         # what jobs ask Slurm for beside nodes, processors and GPUs: "slurm_partition=gpu runtime=1440"
+    resources: dict        # what every job under Slurm asks for beside nodes, processors and GPUs: {"slurm_partition": "gpu"}
     judge: str             # name of a judge record, "" = none
 
 # %% ../../nbs/core/00_settings.ipynb #0cd7b87c
@@ -58,6 +58,7 @@ _KEYS = {"sources": ("roots", "TULU_SOURCES", ""), "cache": ("roots", "TULU_CACH
          "engine": ("engine.name", "TULU_ENGINE", "auto"), "threads": ("engine", "TULU_THREADS", "1"),
          "executor": ("executor.profile", "TULU_EXECUTOR", "local"), "jobs": ("executor", "TULU_JOBS", "0"),
          "resources": ("executor", "TULU_RESOURCES", ""), "judge": ("judge.name", "TULU_JUDGE", "")}
+_DECIDED = ("nodes", "tasks", "cpus_per_task", "mpi", "slurm_extra", "gpu", "gpus", "gres")   # by the study, for each cell
 _CHOICES = {"engine": ("auto", "vllm", "transformers"), "executor": ("local", "slurm")}
 
 # %% ../../nbs/core/00_settings.ipynb #73b45680
@@ -82,10 +83,13 @@ def settings() -> Settings:  # read anew at every call, so that a changed enviro
     for key in ("threads", "jobs"):
         if not raw[key].isdigit(): problems.append(f"{key} ({_KEYS[key][1]}) is {raw[key]!r}; expected a whole number")
     if raw["threads"] == "0": problems.append("threads (TULU_THREADS) is 0; expected 1 or more")
-    if wrong := [word for word in raw["resources"].split() if not all(word.partition("="))]:
-        problems.append(f"resources (TULU_RESOURCES) holds {wrong[0]!r}; expected words like slurm_partition=gpu slurm_account=lab runtime=1440 (minutes)")
+    resources = dict(word.partition("=")[::2] for word in raw["resources"].split())
+    for word, value in resources.items():
+        if not value or not word: problems.append(f"resources (TULU_RESOURCES) holds {word or value!r}; expected words like slurm_partition=gpu slurm_account=lab runtime=24h")
+        elif word in _DECIDED and (word, value) != ("gpus", "0"): problems.append(f"resources (TULU_RESOURCES) holds {word}={value}; the study says that of each cell (only gpus=0, no GPUs at all, is the site's)")
+        elif word == "runtime" and not re.fullmatch(r"\d+[mhd]?", value): problems.append(f"resources (TULU_RESOURCES) holds runtime={value}; expected minutes, or a number with m, h or d: 1440, 24h, 2d")
     if problems: raise ValueError(f"{root/'settings.ini'} and the environment:\n- " + "\n- ".join(problems))
     base = Path.cwd() if root == packaged_root() else root
     from_env = lambda key: Path.cwd() if os.environ.get(_KEYS[key][1]) else base
     where = {k: (from_env(k)/Path(raw[k]).expanduser()).resolve() if raw[k] else None for k in ("sources", "cache", "results")}
-    return Settings(root, where["sources"], where["cache"], where["results"], raw["engine"], int(raw["threads"]), raw["executor"], int(raw["jobs"]), raw["resources"], raw["judge"])
+    return Settings(root, where["sources"], where["cache"], where["results"], raw["engine"], int(raw["threads"]), raw["executor"], int(raw["jobs"]), resources, raw["judge"])

@@ -20,7 +20,7 @@ def command_for(
     "The command that trains. One rank needs no launcher (two seconds saved): it gets torchrun's environment variables."
     trainer = ["-m", "tulu_study.training.finetune", str(settings_file)]
     if launcher == "direct" or launcher == "auto" and config.ranks == 1: return [sys.executable, *trainer]
-    if config.nodes > 1: return [*srun_for(config), *agent_for(config, settings_file, f"{first_host(job_nodes()[1])}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}", os.environ["SLURM_JOB_ID"])]
+    if config.nodes > 1: return [*srun_for(config), *agent_for(config, settings_file, f"{first_host(_allocation()[1])}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}", os.environ["SLURM_JOB_ID"])]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}", f"--shutdown-timeout={PATIENCE}", *trainer]
 
 
@@ -37,8 +37,16 @@ def agent_for(
 
 def srun_for(config: FinetuneConfig) -> list[str]:
     "Slurm's way to start one process on each node of the job that this process runs in. What srun does not take from the job by itself is said."
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or ("" if "SLURM_JOB_NUM_NODES" in os.environ else config.ranks // config.nodes * config.threads)   # what `slurm_resources` asked for, where Snakemake took the variables away
+    submitted = "SLURM_JOB_NUM_NODES" not in os.environ   # by Snakemake, which takes the variables away; with the processors of `slurm_resources`
+    cpus = config.ranks // config.nodes * config.threads if submitted else os.environ.get("SLURM_CPUS_PER_TASK")
     return ["srun", f"--nodes={config.nodes}", f"--ntasks={config.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--export=ALL", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+
+
+def _allocation() -> tuple[int, str]:   # nodes, and their names in Slurm's short form
+    "What the job has. TrainingError where Slurm does not say."
+    granted, names = job_nodes()
+    if not names: raise TrainingError(f"Slurm does not say which nodes job {os.environ['SLURM_JOB_ID']} has (squeue): run the same command again when it answers")
+    return granted, names
 
 
 def first_host(
@@ -51,7 +59,7 @@ def first_host(
 def _check_nodes(config: FinetuneConfig) -> None:
     "Several nodes need something that starts a process on each: Slurm does, else a person."
     job = os.environ.get("SLURM_JOB_ID")
-    if config.nodes == 1 or job and (granted := job_nodes()[0]) >= config.nodes: return
+    if config.nodes == 1 or job and (granted := _allocation()[0]) >= config.nodes: return
     if job: raise TrainingError(f"nodes: found {config.nodes}, and this Slurm job ({job}) has {granted}: ask for --nodes={config.nodes}, or let `tulu-study run` submit the cell ([executor] profile = slurm)")
     file = config.save(Path(config.out_dir) / SETTINGS)
     command = shlex.join(agent_for(config, file, f"FIRST_NODE:{PORT}", config.model or Path(config.out_dir).name))
