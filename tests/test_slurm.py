@@ -67,7 +67,7 @@ def test_a_site_without_slurm_is_told_what_is_missing(site, monkeypatch):
     with pytest.raises(CellError, match=r"not found: sbatch .* and snakemake-executor-plugin-slurm \(pip install 'tulu-study\[slurm\]'\)"): cli._slurm_options(settings())
 
 
-@pytest.mark.parametrize("said, problem", [("partition", "holds 'partition'|holds partition; expected words like slurm_partition=gpu"), ("slurm_partition= runtime=5", "holds slurm_partition; expected words"), ("=gpu", "holds 'gpu'; expected words"),
+@pytest.mark.parametrize("said, problem", [("partition", "holds 'partition'; expected words like slurm_partition=gpu"), ("slurm_partition= runtime=5", "holds 'slurm_partition'; expected words"), ("=gpu", "holds 'gpu'; expected words"),
                                            ("nodes=2", "holds nodes=2; the study says that of each cell"), ("gpus=4", "holds gpus=4; the study says"), ("runtime=1-00:00:00", "runtime=1-00:00:00; expected minutes")])
 def test_resources_that_are_none(monkeypatch, said, problem):
     monkeypatch.setenv("TULU_RESOURCES", said)
