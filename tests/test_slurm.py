@@ -137,7 +137,6 @@ KillWait=60
 GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
-PartitionName=other Nodes=127.0.0.1 MaxTime=1 State=UP
 """)
     (home / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     for folder in ("state", "spool-127.0.0.1", "spool-127.0.0.2"): (home / folder).mkdir()
