@@ -1,7 +1,7 @@
 """Slurm: what Snakemake is told, what is told of cells that ran elsewhere, and, where Slurm is installed, a study on a cluster of two nodes.
 
 The cluster is Slurm's own daemons on this machine, under the user who runs the tests, with nodes 127.0.0.1 and 127.0.0.2: `apt-get install slurm-wlm`, `pip install 'tulu-study[slurm]'`,
-then `pytest -m slurm tests/test_slurm.py` (five minutes). Its GPUs are none: a training asks for one per rank."""
+then `pytest -m slurm tests/test_slurm.py` (eight minutes). Its GPUs are none: a training asks for one per rank."""
 import getpass, importlib.util, json, os, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 
