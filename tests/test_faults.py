@@ -119,7 +119,10 @@ def test_asked_to_stop(house):
 def test_a_cell_stops_before_the_time_of_its_job_is_over(house):
     path = house/"nbs"/"runs"/"world.ipynb"
     path.write_text(path.read_text().replace("range(8)", "range(400)"))
-    job = command(house, "cell", "one", "world", more={"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 24), "TULU_SIGNAL_SECONDS": "10"})
+    (house / "bin").mkdir()
+    (house / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")   # a Slurm that does not know the job
+    (house / "bin" / "squeue").chmod(0o755)
+    job = command(house, "cell", "one", "world", more={"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 24), "TULU_SIGNAL_SECONDS": "10", "PATH": f"{house}/bin:{os.environ['PATH']}"})
     out = job.communicate(timeout=60)[0]
     assert job.returncode == 75 and "the time of Slurm job 7 is over in" in out and "~ world: stopped as asked; the same command continues" in out, out
     assert re.search(r"~ +world +interrupted +continues", plan := finish(house, "plan", "one")[1]), plan

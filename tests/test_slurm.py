@@ -56,7 +56,7 @@ def site(tmp_path, monkeypatch):
 def test_what_snakemake_is_told(site, monkeypatch):
     options = ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", "--default-resources"]
     for said, asked in (("slurm_partition=gpu runtime=24h", ["mem_mb=0", "slurm_partition='gpu'", "runtime='24h'"]), ("mem=200GB constraint=a100|h100", ["mem='200GB'", "constraint='a100|h100'"]),
-                        ("mem_mb_per_cpu=4000 gpus=0", ["mem_mb_per_cpu=4000", "gpus=0"])):   # quoted: Snakemake takes `all`, a partition like any other, for Python's
+                        ("mem_mb_per_cpu=4000 gpus=0 slurm_account=0123", ["mem_mb_per_cpu=4000", "gpus=0", "slurm_account='0123'"])):   # quoted: Snakemake takes `all`, a partition like any other, for Python's
         monkeypatch.setenv("TULU_RESOURCES", said)
         assert cli._slurm_options(settings()) == [*options, *asked]
 
@@ -65,6 +65,12 @@ def test_a_site_without_slurm_is_told_what_is_missing(site, monkeypatch):
     (site / "sbatch").unlink()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CellError, match=r"not found: sbatch .* and snakemake-executor-plugin-slurm \(pip install 'tulu-study\[slurm\]'\)"): cli._slurm_options(settings())
+
+
+@pytest.mark.parametrize("said, problem", [("partition=gpu", "partition=gpu; the words that Slurm's executor knows are slurm_partition,"), ("mem_gb=64", "mem_gb=64; the words"), ("mem_mb=64G", "mem_mb=64G; expected megabytes")])
+def test_words_that_slurm_would_not_hear(site, monkeypatch, said, problem):
+    monkeypatch.setenv("TULU_RESOURCES", said)
+    with pytest.raises(CellError, match=problem): cli._slurm_options(settings())
 
 
 @pytest.mark.parametrize("said, problem", [("partition", "holds 'partition'; expected words like slurm_partition=gpu"), ("slurm_partition= runtime=5", "holds 'slurm_partition'; expected words"), ("=gpu", "holds 'gpu'; expected words"),
@@ -98,6 +104,19 @@ def test_cells_that_ran_elsewhere_are_told_of(tmp_path, monkeypatch, capsys):
     convert.stamp.touch()
     look()
     assert capsys.readouterr().out == "✓ [2/5] convert-cot: 1.0 s\n"   # tried again, and done
+
+
+@pytest.mark.parametrize("line, shown", [("Exception in run_job for rule finetune: The given account lab appears to be invalid.", True), ("error: unrecognized arguments: --slurm-x", True), ("Building DAG of jobs...", False)])
+def test_what_snakemake_says_when_it_fails(tmp_path, monkeypatch, capsys, line, shown):
+    "What is wrong with a request, else its last words; never nothing."
+    monkeypatch.setenv("TULU_RESULTS", str(tmp_path))
+    (study := tmp_path / "two.yaml").write_text(STUDY.replace("EPOCHS", "1"))
+    grid = load(str(study))
+    grid.root.mkdir()
+    said = [line, *(f"and so on {k}" for k in range(9))]
+    assert cli._through_slurm(grid, [sys.executable, "-c", f"print({chr(10).join(said)!r}); raise SystemExit(1)"], dict(os.environ)) == (1, [])
+    error = capsys.readouterr().err
+    assert "snakemake.log" in error and (line in error) == shown and ("and so on 8" in error) != shown
 
 
 # ---- with Slurm
@@ -152,7 +171,9 @@ PartitionName=all Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
         yield env
     finally:
         for one in reversed(daemons): one.terminate()
-        for one in daemons: one.wait(timeout=30)
+        for one in daemons:
+            try: one.wait(timeout=30)
+            except subprocess.TimeoutExpired: one.kill()
 
 
 def run(cluster, tmp_path: Path, epochs: int, profile: str = "", **options):

@@ -89,9 +89,14 @@ def _through_slurm(grid: Grid, command: list[str], env: dict) -> tuple[int, list
     with open(log, "w") as out:
         child = start_child([*command, "--quiet", "progress", "host", "reason"], start_new_session=True, env=env, stdout=out, stderr=subprocess.STDOUT)
         code, asked = _wait(child, "no more jobs are submitted, and those in the queue go on; press Ctrl-C again to cancel them", 60, _news(grid))
-    refused = dict.fromkeys(line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(r"sbatch failed|sbatch: error|SLURM-job|Error: \S", line))
-    if code and not asked and refused: print("Snakemake says (all of it is in " + os.path.relpath(log) + "):\n" + "\n".join(f"  {line[:300]}" for line in list(refused)[-8:]), file=sys.stderr)
+    said = dict.fromkeys(line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip())
+    if code and not asked:
+        telling = [line for line in said if re.search(r"sbatch failed|sbatch: error|SLURM-job|Exception in run_job|submission failed|[Ee]rror: \S", line)] or list(said)
+        print(f"Snakemake says (all of it is in {os.path.relpath(log)}):\n" + "\n".join(f"  {line[:300]}" for line in telling[-8:]), file=sys.stderr)
     return code, asked
+
+
+SLURM_WORDS = ("slurm_partition", "slurm_account", "runtime", "mem", "mem_mb", "mem_mb_per_cpu", "qos", "constraint", "clusters", "gpus")   # of the plugin's, those that the study does not decide
 
 
 def _slurm_lacks() -> list[str]:
@@ -103,9 +108,13 @@ def _slurm_lacks() -> list[str]:
 def _slurm_options(site: Settings) -> list[str]:   # words for Snakemake
     "Let Slurm run the cells. Raises CellError where something for it is missing."
     if lacking := _slurm_lacks(): raise CellError(f"[executor] profile is slurm, and not found: {' and '.join(lacking)}. Or take profile = local.")
+    for name, value in site.resources.items():
+        if name not in SLURM_WORDS: raise CellError(f"[executor] resources (TULU_RESOURCES) holds {name}={value}; the words that Slurm's executor knows are {', '.join(SLURM_WORDS)}.")
+        if name.startswith("mem_") and not value.isdigit(): raise CellError(f"[executor] resources (TULU_RESOURCES) holds {name}={value}; expected megabytes as a number ({name}=64000), or mem=64GB.")
     asked = ({} if any(name.startswith("mem") for name in site.resources) else {"mem_mb": "0"}) | site.resources   # 0: what the cluster gives by itself, where Snakemake would ask for 1 GB
-    # squeue answers without accounting too, and calls a cancelled job CANCELLED, where sacct adds by whom and the plugin then waits for ever
-    return ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", "--default-resources", *(f"{name}={value if value.isdigit() else repr(value)}" for name, value in asked.items())]
+    quoted = [f"{name}={value if re.fullmatch('0|[1-9][0-9]*', value) else repr(value)}" for name, value in asked.items()]
+    # squeue answers without accounting too, and calls a cancelled job CANCELLED, where sacct adds by whom and the plugin then waits for ever (and asks sacct all the same where MinJobAge is under two minutes)
+    return ["--executor", "slurm", "--latency-wait", "60", "--slurm-status-command", "squeue", "--default-resources", *quoted]
 
 
 def _news(grid: Grid):   # a function to be called now and then
@@ -205,7 +214,7 @@ def run(
         if not todo:
             print(f"All {len(grid)} cells of {grid.study.study} are done. Results: {os.path.relpath(grid.root)}")
             return
-        print(f"{grid.study.study}: {len(grid) - len(todo)} of {len(grid)} cells done, {len(todo)} to run, {jobs} at a time", flush=True)
+        print(f"{grid.study.study}: {len(grid) - len(todo)} of {len(grid)} cells done, {len(todo)} to run, {f'at most {jobs} in the queue' if grid.site.executor == 'slurm' else f'{jobs} at a time'}", flush=True)
         began = time.time()
         code, asked = _snakemake(grid, study, jobs)
         grid = load(study)
@@ -277,7 +286,7 @@ def cell(
 ):
     "Run one cell of a study (Snakemake calls this for each)."
     die_with_parent(int(os.environ.get("TULU_PARENT", 0)) or None)
-    if conf := os.environ.get("TULU_SLURM_CONF"): os.environ["SLURM_CONF"] = conf
+    if (conf := os.environ.get("TULU_SLURM_CONF")) and os.path.exists(conf): os.environ["SLURM_CONF"] = conf
     stop_in_time(grids.warning_seconds())
     grid = load(study)
     if name not in grid: raise CellError(f"No cell {name!r} in {study}; there are {', '.join(grid)}.")

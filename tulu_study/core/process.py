@@ -55,7 +55,7 @@ def ask_slurm(
     "Ask Slurm about the job that this process runs in: Snakemake starts a cell without most of the variables that Slurm sets."
     for pause in (0, 5, 20, 60)[:tries]:
         time.sleep(pause)
-        try: said = subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", what], capture_output=True, text=True, timeout=60)
+        try: said = subprocess.run(["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", what], capture_output=True, text=True, timeout=30)
         except (KeyError, FileNotFoundError): return ""
         except (OSError, subprocess.TimeoutExpired): continue
         if said.returncode == 0: return said.stdout.strip()
@@ -69,10 +69,10 @@ def job_nodes() -> tuple[int, str]:   # how many, and their names in Slurm's sho
     return (int(said), names) if said.isdigit() else (0, "")
 
 
-def job_end() -> float | None:   # seconds since the epoch, None where nobody says
-    "When the time of the Slurm job that this process runs in is over: as squeue says, since limits change and pre-emption sets a new one; else as the job was told when it began."
+def job_end() -> float | None:   # seconds since the epoch, None where Slurm does not say
+    "When the time of the Slurm job that this process runs in is over. Limits change, and pre-emption sets a new one."
     try: return datetime.datetime.fromisoformat(ask_slurm("%e")).timestamp()
-    except ValueError: return float(said) if (said := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit() else None
+    except ValueError: return None
 
 
 def stop_in_time(
@@ -85,12 +85,14 @@ def stop_in_time(
 
 
 def _stop_in_time(seconds: int) -> None:
-    "Ask once a minute when the job ends, wait for the moment, say so, and stop this process."
+    "Ask once a minute when the job ends, wait for the moment, say so, and stop this process. What the job was told when it began counts until Slurm says something."
+    told = os.environ.get("SLURM_JOB_END_TIME", "")
     end, moment = None, math.inf
     while True:
-        now, said = time.time(), job_end()
+        said = job_end() or (float(told) if end is None and told.isdigit() else end)
+        now = time.time()
         if said and said > now and said != end: end, moment = said, max(said - seconds, (now + said) / 2)
-        if moment - now <= 60: break
+        if moment - now <= 90: break   # a minute, and as long as Slurm may take to answer
         time.sleep(60)
     time.sleep(max(moment - time.time(), 0))
     print(f"the time of Slurm job {os.environ['SLURM_JOB_ID']} is over in {end - time.time():.0f} s: stopping", flush=True)
