@@ -57,8 +57,8 @@ setup: $(READY)
 $(READY): pyproject.toml setup.py tools/setup_env.sh
 	@PYTHON="$(PYTHON)" bash tools/setup_env.sh "$(VENV)"
 
-# Debian packages that features need: bubblewrap (sandbox of generated code). Offloading the optimiser on GPU machines needs g++ (apt-get install g++).
-DEBIAN := bubblewrap
+# Debian packages that features need: bubblewrap (sandbox of generated code), g++ (the setting `compile`; offloading the optimiser on GPU machines)
+DEBIAN := bubblewrap g++
 system-deps:
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 $(DEBIAN) >/dev/null
 

@@ -5,13 +5,18 @@
 
 All train on the same Code-Alpaca conversations, encoded before any clock starts, with the same number of supervised tokens, in bf16, on as many threads:
 
-- ours: `tulu_study`'s packs (DeepSpeed ZeRO-2);
+- ours: `tulu_study`'s packs. The stack is DeepSpeed ZeRO-2 with one rank for every thread and compiled layers (the settings `ranks` and `compile`);
 - the reference's way: the same stack, two conversations in a forward pass, padded to the longer one;
-- dense: the ceiling. The same stack on the same tokens, joined and cut into rows that are as long as a conversation is on average: no padding, nothing to tell apart;
-- TRL: its `SFTTrainer` with packing (best fit, packs of the same size), without DeepSpeed, with float32 weights under autocast and with weights loaded in bf16; the faster of the two counts.
+- dense: the ceiling. The same stack on the same tokens, joined and cut into as many rows of equal length as fill every optimiser step, about as long as a conversation is on average: no padding, nothing to
+  tell apart;
+- TRL: its `SFTTrainer` with packing (best fit, packs of the same size), in one process with all threads, without DeepSpeed and not compiled, as its documentation has it; with float32 weights under autocast and
+  with weights loaded in bf16; the faster of the two counts.
+
+`--ranks 1 --no-compile` is the stack as the study's defaults have it: what packing gains by itself.
 
 Every measurement is a process of its own; contenders alternate, and the median of the rounds' ratios counts. The clock runs from the end of the first optimiser step to the end of the last one,
-data loading included. Starting (from the process to its first step) is reported apart, and so is what a second of CPU time did, which other work on the machine disturbs less. GPUs are left alone.
+data loading included. Starting (from the process to its first step) and the first step, which waits for the compiler (or only for its cache, from the second round on), are reported apart; so is what was
+compiled later, within the clock, and what a second of CPU time did, which other work on the machine disturbs less. Peak memory is the sum of the ranks'. GPUs are left alone.
 TRL goes into a folder of its own (.bench/), never into the project's environment.
 """
 import argparse, importlib.metadata, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
@@ -49,11 +54,11 @@ def make_model(name: str, folder: Path, sources: Path, tokenizer: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=words, max_position_embeddings=PACK, bos_token_id=1, eos_token_id=2, **SHAPES[name])).save_pretrained(folder)
 
 
-def joined(rows: list) -> list:
-    "The same tokens and labels in rows of the conversations' mean length; what is left over is less than a row."
+def joined(rows: list, count: int) -> list:
+    "The same tokens and labels in `count` rows of equal length; what is left over is less than a token a row."
     ids, labels = ([i for row in rows for i in row[key]] for key in ("input_ids", "labels"))
-    mean = round(len(ids) / len(rows))
-    return [{"input_ids": ids[k:k + mean], "labels": labels[k:k + mean]} for k in range(0, len(ids) - mean + 1, mean)]
+    each = len(ids) // count
+    return [{"input_ids": ids[k * each:(k + 1) * each], "labels": labels[k * each:(k + 1) * each]} for k in range(count)]
 
 
 def prepare(name: str, folder: Path, given) -> dict:   # contender -> file of its settings
@@ -68,12 +73,14 @@ def prepare(name: str, folder: Path, given) -> dict:   # contender -> file of it
     conversations, epochs = given.rows or SIZES[name][0], given.epochs or SIZES[name][1]
     sampled, _ = sample_conversations(list(read_jsonl(folder / DATASET / f"{DATASET}_data.jsonl")), conversations, SEED)
     encoded = encode_all(sampled, load_tokenizer(folder / "base", "llama"), LENGTH)
-    lengths, dense = [len(row["input_ids"]) for row in encoded.rows], joined(encoded.rows)
-    wide = min(max(1, PACK // len(dense[0]["input_ids"])), given.batch_size)
-    settings = dict(base_dir=str(folder / "base"), data_file="-", family="llama", epochs=epochs, max_seq_length=LENGTH, loss="token", precision="bf16", zero_stage=2, threads=given.threads, save_minutes=0)
+    lengths = [len(row["input_ids"]) for row in encoded.rows]
+    steps, each = -(-len(lengths) // given.batch_size), given.batch_size // given.ranks
+    dense = joined(encoded.rows, steps * given.batch_size)
+    wide = max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or n * len(dense[0]["input_ids"]) <= PACK))   # rows in a forward pass: as many as a pack has tokens for
+    settings = dict(base_dir=str(folder / "base"), data_file="-", family="llama", epochs=epochs, max_seq_length=LENGTH, loss="token", precision="bf16", zero_stage=2, save_minutes=0,
+                    ranks=given.ranks, threads=given.threads // given.ranks, compile=given.compile)
     layouts = {OURS: dict(packing=True, micro_batch_size=PACK // LENGTH, batch_size=given.batch_size), REFERENCE: dict(packing=False, micro_batch_size=2, batch_size=given.batch_size),
-               DENSE: dict(packing=False, micro_batch_size=wide, batch_size=max(1, round(given.batch_size / wide)) * wide)}
-    steps = -(-len(lengths) // given.batch_size)
+               DENSE: dict(packing=False, micro_batch_size=wide, batch_size=given.batch_size)}
     others = {"base_dir": str(folder / "base"), "epochs": epochs, "accumulation": max(1, round(len(best_fit(lengths, PACK)) / steps)), "threads": given.threads}
     specs = {}
     for k, contender in enumerate((*STACK, FLOAT, BF16)):
@@ -91,7 +98,7 @@ def prepare(name: str, folder: Path, given) -> dict:   # contender -> file of it
 class Clock:
     "What a Trainer's callback notes: when the first step began, and when each ended."
 
-    def __init__(self): self.started, self.ends, self.worked = None, [], []
+    def __init__(self): self.started, self.first, self.ends, self.worked, self.graphs = None, None, [], [], []
 
     def callback(self):
         from transformers import TrainerCallback
@@ -100,16 +107,24 @@ class Clock:
         class Note(TrainerCallback):
             def on_step_begin(self, *_, **__): clock.started = clock.started or time.time()
             def on_step_end(self, *_, **__):
+                clock.first = clock.first or time.time()
                 clock.ends.append(time.perf_counter())
                 clock.worked.append(time.process_time())
+                if dynamo := sys.modules.get("torch._dynamo"): clock.graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
         return Note()
 
-    def result(self, per_step: list, idle: dict, peak: int) -> dict:   # per_step: (tokens, supervised tokens) of each step
+    @property
+    def cpu(self) -> float: return self.worked[-1] - self.worked[0]
+
+    def result(self, per_step: list, idle: dict, peak: int, cpu: float) -> dict:   # per_step: (tokens, supervised tokens) of each step; peak and CPU time of all ranks together
         import psutil
         if len(self.ends) != len(per_step) or len(per_step) < 2: raise SystemExit(f"found {len(self.ends)} steps and tokens of {len(per_step)}, expected the same number and at least 2: take more rows")
         tokens, supervised = (sum(step[k] for step in per_step[1:]) for k in (0, 1))
-        return {"seconds": self.ends[-1] - self.ends[0], "cpu": self.worked[-1] - self.worked[0], "steps": len(self.ends), "tokens": tokens, "supervised": supervised, "trained": sum(step[1] for step in per_step),
-                "starting": self.started - psutil.Process().create_time(), "peak": peak, **idle}
+        process = psutil.Process()
+        if "TORCHELASTIC_RUN_ID" in os.environ: process = process.parent()   # the launcher was there first
+        return {"seconds": self.ends[-1] - self.ends[0], "cpu": cpu, "steps": len(self.ends), "tokens": tokens, "supervised": supervised, "trained": sum(step[1] for step in per_step),
+                "starting": self.started - process.create_time(), "first": self.first - self.started,
+                "graphs": self.graphs[:1] + self.graphs[-1:], "peak": peak, **idle}
 
 
 def measure_stack(spec: dict) -> dict:
@@ -125,7 +140,7 @@ def measure_stack(spec: dict) -> dict:
         train = trainer.train
         def and_leave(*args, **kwargs):
             train(*args, **kwargs)
-            found["peak"] = finetune.memory(peak=True)
+            found["peak"], found["cpu"] = map(sum, zip(*finetune.gathered((finetune.memory(peak=True), clock.cpu))))
             raise Done
         trainer.train = and_leave
         return trainer
@@ -135,7 +150,7 @@ def measure_stack(spec: dict) -> dict:
     try: finetune.train(config)
     except Done: pass
     log = [json.loads(line) for line in open(Path(config.out_dir) / "training_log.jsonl")]
-    return clock.result([(row["tokens"], row["supervised_tokens"]) for row in log], finetune.layout(config, encoded)[2], found["peak"])
+    return clock.result([(row["tokens"], row["supervised_tokens"]) for row in log], finetune.layout(config, encoded)[2], found["peak"], found["cpu"])
 
 
 def measure_trl(spec: dict) -> dict:
@@ -168,7 +183,7 @@ def measure_trl(spec: dict) -> dict:
     for begin in range(0, len(batches), epoch):   # an epoch's last step may have fewer packs
         packs = batches[begin:begin + epoch]
         per_step += [tuple(sum(pack[k] for pack in packs[i:i + told["accumulation"]]) for k in (0, 1)) for i in range(0, len(packs), told["accumulation"])]
-    return clock.result(per_step, {"padding_share": 0.0, "attention_waste": 1 - sum(square for *_, square in batches) / sum(tokens ** 2 for tokens, *_ in batches)}, peak)
+    return clock.result(per_step, {"padding_share": 0.0, "attention_waste": 1 - sum(square for *_, square in batches) / sum(tokens ** 2 for tokens, *_ in batches)}, peak, clock.cpu)
 
 
 # ---- rounds
@@ -186,10 +201,12 @@ def run(contender: str, spec: Path, trl: Path) -> dict:
     "A measurement in a fresh process."
     from tulu_study.training.config import FinetuneConfig
     from tulu_study.training.launch import environment_for
-    threads = json.loads(spec.read_text())["settings"]["threads"]
-    env = environment_for(FinetuneConfig(base_dir="-", data_file="-", out_dir="-", threads=threads), direct=contender in STACK)
+    told = json.loads(spec.read_text())["settings"]
+    ranks = told.get("ranks", 1)
+    env = environment_for(FinetuneConfig(base_dir="-", data_file="-", out_dir="-", threads=told["threads"]), direct=contender in STACK and ranks == 1)
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     if contender not in STACK: env["PYTHONPATH"] = os.pathsep.join((str(trl), env["PYTHONPATH"]))
-    done = subprocess.run([sys.executable, __file__, "--measure", contender, str(spec)], capture_output=True, text=True, env=env, cwd=spec.parent)
+    done = subprocess.run([*start, __file__, "--measure", contender, str(spec)], capture_output=True, text=True, env=env, cwd=spec.parent)
     if done.returncode: raise SystemExit(f"{contender} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -199,7 +216,7 @@ def shown(name: str, runs: list, wide: int) -> str:
     rates = [run["supervised"] / run["seconds"] for run in runs]
     median = lambda key: statistics.median(run[key] for run in runs)
     return (f"{name:{wide}}  {statistics.median(rates):>9,.0f} ({min(rates):,.0f}–{max(rates):,.0f})".ljust(wide + 30) + f"{statistics.median(run['tokens'] / run['seconds'] for run in runs):>9,.0f}"
-            f"{statistics.median(run['tokens'] / run['cpu'] for run in runs):>13,.0f}{median('padding_share'):>10.1%}{median('attention_waste'):>10.1%}{median('peak') / 2 ** 20:>11,.0f}{median('starting'):>9.1f}{median('steps'):>7.0f}")
+            f"{statistics.median(run['tokens'] / run['cpu'] for run in runs):>13,.0f}{median('padding_share'):>10.1%}{median('attention_waste'):>10.1%}{median('peak') / 2 ** 20:>11,.0f}{median('starting'):>9.1f}{median('first'):>9.1f}{median('steps'):>7.0f}")
 
 
 def race(name: str, given, trl: Path, why: str) -> int:   # targets missed
@@ -215,9 +232,10 @@ def race(name: str, given, trl: Path, why: str) -> int:   # targets missed
     trained = {one: {run["trained"] for run in runs} for one, runs in found.items() if one != DENSE}   # a cut through a conversation costs a dense row its first label
     if len(set().union(*trained.values())) != 1: raise SystemExit(f"the contenders learnt from different numbers of supervised tokens, no comparison: {trained}")
     wide = max(map(len, contenders))
-    print(f"{'':{wide}}  {'supervised tokens/s':30}{'tokens/s':>7}{'per CPU s':>13}{'padding':>10}{'att. waste':>11}{'peak MiB':>10}{'start s':>9}{'steps':>7}")
+    print(f"{'':{wide}}  {'supervised tokens/s':30}{'tokens/s':>7}{'per CPU s':>13}{'padding':>10}{'att. waste':>11}{'peak MiB':>10}{'start s':>9}{'first s':>9}{'steps':>7}")
     for one in contenders: print(shown(one, found[one], wide))
     print(f"supervised tokens that each contender learnt from: {trained[OURS].pop():,}")
+    if given.compile: print("graphs compiled in the first step, and later within the clock: " + ", ".join(f"{one} {found[one][-1]['graphs'][0]} and {found[one][-1]['graphs'][1] - found[one][-1]['graphs'][0]}" for one in STACK))
     if why: print(f"TRL: not measured, {why}")
     missed = 0
     for other, key, target in TARGETS:
@@ -240,25 +258,32 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="conversations; default: " + ", ".join(f"{rows} for {name}" for name, (rows, _) in SIZES.items()))
     parser.add_argument("--epochs", type=int, help="passes over them; default: " + ", ".join(f"{epochs} for {name}" for name, (_, epochs) in SIZES.items()))
     parser.add_argument("--batch-size", type=int, default=32, help="conversations per optimiser step")
-    parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="compute threads")
+    parser.add_argument("--threads", type=int, default=min(2, len(os.sched_getaffinity(0))), help="compute threads of a contender")
+    parser.add_argument("--ranks", type=int, help="processes of the stack that share them; default: as many as threads")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the stack's layers as they are")
     parser.add_argument("--no-install", action="store_true", help="leave TRL out where it has not been installed by an earlier run")
     parser.add_argument("--check", action="store_true", help="end with status 1 when a target is missed")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         contender, spec = given.measure[0], json.loads(Path(given.measure[1]).read_text())
-        print(json.dumps(measure_stack(spec) if contender in STACK else measure_trl(spec)), flush=True)
+        found = measure_stack(spec) if contender in STACK else measure_trl(spec)
+        if os.environ.get("RANK", "0") == "0": print(json.dumps(found), flush=True)
         os._exit(0)   # process groups and worker threads need no farewell
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     from tulu_study.core.settings import settings
     given.sources = given.sources or settings().sources
     if not given.sources: parser.error("give --sources (make bench-train SOURCES=…): a folder with code_alpaca/, and for the default models tokenizers/llama/")
+    given.ranks = given.ranks or given.threads
+    if given.threads < 1 or given.ranks < 1 or given.threads % given.ranks: parser.error(f"--threads {given.threads} cannot be shared by --ranks {given.ranks}")
+    if given.batch_size % (together := PACK // LENGTH * given.ranks): parser.error(f"--batch-size {given.batch_size} is no multiple of {together}, which {given.ranks} rank(s) take at a time: take another, or other --ranks")
+    if given.compile and not shutil.which(os.environ.get("CXX", "g++")): parser.error("found no C++ compiler, which compiled layers need: make system-deps (apt-get install g++ python3-dev), or --no-compile")
     given.sources = given.sources.resolve()
     given.tokenizer = (given.tokenizer or given.sources / "tokenizers" / "llama").resolve()
     if "13m" in given.models and not (given.tokenizer / "tokenizer.json").is_file(): parser.error(f"found no tokenizer.json in {given.tokenizer}: give --tokenizer, a folder with LLaMA's tokenizer")
     trl, why = with_trl(not given.no_install)
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    print(f"{cpu}, {given.threads} threads; " + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "deepspeed", "accelerate")) + ("" if why else f", {TRL.replace('==', ' ')}"), flush=True)
+    print(f"{cpu}, {given.threads} threads, in {given.ranks} rank(s)" + ", compiled" * given.compile + "; " + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "deepspeed", "accelerate")) + ("" if why else f", {TRL.replace('==', ' ')}"), flush=True)
     missed = sum(race(name, given, trl, why) for name in given.models)
     return 1 if given.check and missed else 0
 

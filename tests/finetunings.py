@@ -83,7 +83,7 @@ def fork(place):
         env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks)}
         processes = [context.Process(target=_rank, args=({**env, "RANK": str(r), "LOCAL_RANK": str(r)}, function, args)) for r in range(ranks)]
         for process in processes: process.start()
-        for process in processes: process.join(120)
+        for process in processes: process.join(400)
         assert [process.exitcode for process in processes] == [status] * ranks
     return run
 

@@ -303,9 +303,13 @@ def test_a_finished_training_is_not_made_again(train, place, monkeypatch):
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "lower micro_batch_size (now 2)"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "zero_stage 3 (now 1 rank(s), stage 2)"),
     (OSError(28, "No space left on device"), "the disk is full"),
+    (RuntimeError("backend='inductor' raised:\nNotImplementedError: aten.what"), "compile: the layers could not be compiled; take compile false"),
+    (RuntimeError("InductorError: CppCompileError: C++ compile error\n/tmp/x.cpp:1:2: fatal error: write: No space left on device"), "the disk is full"),
+    (RuntimeError("InductorError: CppCompileError: C++ compile error\nx.h:1: fatal error: Python.h: No such file or directory"), "apt-get install g++ python3-dev"),
+    (ValueError("the compiler of this message is innocent"), "ValueError: the compiler of this message is innocent"),
 ])
 def test_errors_name_what_to_change(place, error, named):
-    assert named in explain(error, settings(place, "x"))
+    assert named in explain(error, settings(place, "x", compile=True))
 
 
 def test_a_killed_trainer_points_at_memory(place):
@@ -317,6 +321,7 @@ def test_a_killed_trainer_points_at_memory(place):
     (dict(batch_size=10, micro_batch_size=4, ranks=2), r"batch_size: found 10, expected a multiple of micro_batch_size 4 x ranks 2 = 8: take 8 or 16"),
     (dict(zero_stage=4, loss="sum"), r"(?s)loss: found 'sum'.*zero_stage: found 4"),
     (dict(max_seq_length=0), r"max_seq_length: found 0, expected more than 0"),
+    (dict(compile=True, zero_stage=3, lora={"rank": 4}), r"(?s)compile: found true with zero_stage 3.*take stage 2.*compile: found true with lora"),
 ])
 def test_settings_that_do_not_work_are_all_named(place, changes, named):
     with pytest.raises(TrainingError, match=named): settings(place, "x", **changes)

@@ -1,5 +1,5 @@
 """A fine-tuning that is killed, asked to stop, or out of space continues from its saved state, to the same bytes."""
-import json, os, resource, signal, subprocess, sys, time
+import json, os, resource, shutil, signal, subprocess, sys, sysconfig, time
 from pathlib import Path
 
 import pytest
@@ -520,3 +520,36 @@ def test_a_zero_3_checkpoint_is_read_again_and_compared(place, fork):
     said = (place / "short.err0").read_text()
     assert "is not the trained model" in said and "up_proj" in said and "Run the cell again" in said
     assert [path.name for path in finished_states(state_root(place / "short"))] == ["step-00000006", "step-00000003"], "the state stays until the checkpoint is verified"
+
+
+# ---- compiled layers
+
+compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")) or not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+                              reason="compiled layers need a C++ compiler (sudo make system-deps) and Python's headers (python3-dev)")
+
+
+def compiling_main(path):
+    "Train, and fail where nothing was compiled."
+    from torch._dynamo.utils import counters
+    return finetune.main(path) or (0 if counters["stats"]["unique_graphs"] else 3)
+
+
+@compiler
+def test_compiled_layers_train_the_same_model_and_continue_to_the_same_bytes(place, fork, train, tmp_path, monkeypatch):
+    "Also where the continuation finds nothing of what the first run compiled."
+    name, changes = "compiled", dict(ranks=2, gradient_checkpointing=True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "first"))
+    config, reference = settings(place, name, compile=True, **changes), train("not-compiled", **changes)
+    (place / name).mkdir()
+    fork(compiling_main, str(config.save(place / f"{name}.json")), ranks=config.ranks)
+    assert list(weights(place / name)) == list(weights(reference)) and gap(place / name, reference) <= TOLERANCE
+    for mine, theirs in zip(log(place / name), log(reference), strict=True): assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "second"))
+    folder, _ = continued(place, fork, f"{name}-cut", 2, expected_from=2, compile=True, **changes)
+    same_bytes(folder, place / name)
+
+
+def test_a_compiler_that_is_not_there_is_named(place, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with pytest.raises(TrainingError, match=r"compile: found no C\+\+ compiler that works.*install both.*or take compile false"): launch(settings(place, "uncompiled", compile=True), echo=lambda line: None)

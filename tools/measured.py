@@ -18,6 +18,7 @@ def row(folder: Path) -> dict:
     "One fine-tuning."
     took, machine = measured(folder), hardware()
     settings = took.pop("settings")
+    if settings.get("compile"): raise SystemExit(f"{folder}: found a training of compiled layers, expected one without, which predictions are for")
     rate = probe(models()[settings["base"]], min(took["pass_tokens"], 2048), settings["precision"], took["vocabulary"], took["threads"])
     return {"base": settings["base"], "data": settings["data"], **{name: settings[name] for name in KEPT}, **took, "mean_length": round(took["mean_length"], 2), "cores": machine["cores"], "memory_gib": machine["memory_gib"], "gflops": round(rate / 1e9, 1)}
 

@@ -11,7 +11,7 @@ log="$venv/setup.log"
 import sys
 if not (3, 10) <= sys.version_info[:2] < (3, 13): sys.exit(f"Python 3.10 to 3.12 is needed, found {sys.version.split()[0]} at {sys.executable}.")
 PY
-[ "$EXTRA" = cpu ] || command -v g++ >/dev/null || echo "Note: g++ was not found; DeepSpeed needs it to offload the optimiser (apt-get install g++)." >&2
+[ "$EXTRA" = cpu ] || command -v g++ >/dev/null || echo "Note: g++ was not found; the setting compile and DeepSpeed's offloading of the optimiser need it (apt-get install g++ python3-dev)." >&2
 
 echo "Setting up $venv ($EXTRA): about 4 GB and a minute or two, once. Log: $log"
 mkdir -p "$venv"

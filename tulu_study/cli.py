@@ -528,7 +528,7 @@ def doctor():
     modules = {"training: torch": "torch", "training: transformers": "transformers", "training: DeepSpeed": "deepspeed", "engine: vLLM": "vllm"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for what, found in zip(modules, pool.map(_can_import, modules.values())): check(what, *found, extra)
-    check("C++ compiler (offloading the optimiser on GPU machines)", bool(shutil.which("g++")), shutil.which("g++") or "g++ not found", "DeepSpeed compiles its Adam there: apt-get install g++", False)
+    check("C++ compiler (the setting compile; offloading the optimiser on GPU machines)", bool(cxx := shutil.which(os.environ.get("CXX", "g++"))), cxx or "not found", "apt-get install g++ python3-dev", False)
     check("GPUs", bool(_gpus()), f"{len(_gpus())} found" if _gpus() else "none: the nano and mini studies run on the CPU; the paper's sizes need GPUs", needed=False)
     lacking = sandbox.problem()
     check("sandbox for generated code (Codex-Eval)", not lacking, lacking or "holds against its own probes", needed=False)

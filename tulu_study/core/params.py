@@ -242,6 +242,7 @@ class StudyTraining(Record):
     offload: Literal["none", "optimizer", "all"] = "none"   # what DeepSpeed keeps in the host's memory
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
+    compile: bool = False                         # torch.compile of the layers: faster steps after a wait for a compiler
     loss: Literal["token", "microbatch"] = "token"
     lora: dict = {}                               # settings of `Lora`, {} = all weights are trained
 
@@ -251,6 +252,7 @@ class StudyTraining(Record):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size} x ranks {self.ranks}")
         if self.ranks % self.nodes: raise ValueError(f"ranks {self.ranks} is not a multiple of nodes {self.nodes}")
         if self.lora: Lora(**self.lora)
+        if self.compile and (self.zero_stage == 3 or self.lora): raise ValueError(f"compile: found true with {'lora' if self.lora else 'zero_stage 3'}, expected zero_stage 0, 1 or 2 and all weights trained")
         return self
 
 # %% ../../nbs/core/01_params.ipynb #7a57800f

@@ -50,6 +50,7 @@ class FinetuneConfig:
     offload: str = "none"                # none, optimizer or all: what DeepSpeed keeps in the host's memory
     precision: str = "bf16"              # bf16 (with float32 master weights) or fp32
     gradient_checkpointing: bool = False # recompute activations: less memory, about a third slower
+    compile: bool = False                # torch.compile of the layers: faster steps after a wait for a compiler (a minute on two cores); ZeRO 0 to 2, all weights trained
     # token: every supervised token of an optimiser step weighs the same, however the step is split into micro-batches.
     # microbatch: the reference's mean of micro-batch means, in which the split changes the result.
     loss: str = "token"
@@ -76,6 +77,8 @@ class FinetuneConfig:
         if self.ranks > 0 and (self.nodes < 1 or self.ranks % self.nodes): yield f"nodes: found {self.nodes}, expected a number that divides ranks {self.ranks}"
         if self.offload == "all" and self.zero_stage != 3: yield f"offload: found 'all' with zero_stage {self.zero_stage}; parameters can be offloaded under stage 3 alone: take 'optimizer', or zero_stage 3"
         if self.offload == "optimizer" and self.zero_stage == 0: yield "offload: found 'optimizer' with zero_stage 0; take a stage of 1 or more"
+        if self.compile and self.zero_stage == 3: yield "compile: found true with zero_stage 3, which gathers weights while the layers run: take stage 2, or compile false"
+        if self.compile and self.lora: yield "compile: found true with lora; only a training of all weights is compiled: take compile false"
         if self.limit < 0: yield f"limit: found {self.limit}, expected 0 (all) or a number of conversations"
         if not isinstance(self.save_minutes, (int, float)) or not self.save_minutes >= 0: yield f"save_minutes (TULU_SAVE_MINUTES): found {self.save_minutes!r}, expected minutes between two saved states, or 0 for none"
         if self.save_steps < 0: yield f"save_steps: found {self.save_steps}, expected 0 (by the clock alone) or a number of optimiser steps"

@@ -361,10 +361,13 @@ def load_model(config: FinetuneConfig, n_tokens: int):
     "The base model in float32 (the library's default would be the checkpoint's type), with rows for new tokens, its cache off."
     import torch
     from transformers import AutoModelForCausalLM
-    options = {"dtype": torch.float32} | ({"attn_implementation": register_segments()} if config.packing else {}) | quantised(config)
+    options = {"dtype": torch.float32} | ({"attn_implementation": register_segments(config.compile)} if config.packing else {}) | quantised(config)
     model = AutoModelForCausalLM.from_pretrained(config.base_dir, **options)
     grown = grow_embeddings(model, n_tokens, config.protocol, config.seed)
     model.config.use_cache = False
+    if config.compile:
+        from accelerate.utils import compile_regions_deepspeed
+        compile_regions_deepspeed(model, dynamic=True)   # in place: DeepSpeed and the saved names see the same modules; the blocks share one compilation, for packs of any length
     return wrap(model, config) if config.lora else model, grown
 
 
@@ -420,6 +423,11 @@ def explain(error: BaseException, config: FinetuneConfig) -> str:
     if getattr(error, "errno", None) in (27, 28, 122) or any(sign in low for sign in ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed")):
         return (f"the disk is full (or a file larger than allowed): free some space, or move the results root ([roots] results in settings.ini, TULU_RESULTS); {config.out_dir} is incomplete and will be made again, "
                 f"{kept_text(config)}. {text.splitlines()[0][:200]}")
+    if config.compile and any(sign in low for sign in ("invalidcxxcompiler", "no working c++ compiler", "failed to find c compiler", "python.h")):
+        return f"compile: found no C++ compiler that works, or no headers of Python: install both (apt-get install g++ python3-dev), or take compile false. {text.splitlines()[0][:300]}"
+    if config.compile and any(sign in low for sign in ("inductor", "dynamo", "backendcompilerfailed", "cppcompileerror")):
+        reason = next((line for line in text.splitlines() if "error:" in line), text.splitlines()[0])
+        return f"compile: the layers could not be compiled; take compile false, and please report this. {reason.strip()[:300]}"
     return text
 
 

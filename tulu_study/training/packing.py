@@ -172,10 +172,13 @@ def segment_attention(
     return torch.cat([sdpa_attention_forward(module, *piece, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for piece in pieces], dim=1).to(query.dtype), None
 
 # %% ../../nbs/training/03_packing.ipynb #759498ea
-def register_segments() -> str:  # name to load a model with: attn_implementation=register_segments()
+def register_segments(
+    compiled: bool = False,  # the layers around it are compiled
+) -> str:                    # name to load a model with: attn_implementation=register_segments()
     "Make attention by segments known to transformers."
+    import torch
     from transformers import AttentionInterface
-    AttentionInterface.register(SEGMENTS, segment_attention)
+    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segment_attention) if compiled else segment_attention)
     return SEGMENTS
 
 # %% ../../nbs/training/03_packing.ipynb #c390a8fb
