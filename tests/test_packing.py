@@ -197,6 +197,20 @@ def test_the_flash_kernel_is_called_as_it_is_documented(monkeypatch):
     assert torch.allclose(call(), by_pieces, atol=1e-6) and call().shape == (1, 24, 4, 8)
 
 
+def test_under_autocast_float32_queries_reach_the_flash_kernel(monkeypatch):
+    "As QLoRA makes them, whose normalisations are float32."
+    import torch
+    from torch.nn.attention import varlen
+    from tulu_study.training import packing
+    asked = []
+    monkeypatch.setattr(packing, "has_flash", lambda query, _: query.dtype is torch.bfloat16)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *others, **_: asked.append({x.dtype for x in (query, *others[:2])}) or query)
+    query, key, value = (torch.randn(1, 4, 24, 8) for _ in range(3))
+    call = lambda: segment_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, cu_seq_lens_q=torch.tensor([0, 24], dtype=torch.int32), max_length_q=24)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16): assert call().dtype is torch.float32
+    assert asked == [{torch.bfloat16}] and call().dtype is torch.float32 and len(asked) == 1
+
+
 def test_two_rows_or_no_bounds_are_refused():
     import torch
     model = tiny("llama", register_segments())

@@ -162,14 +162,16 @@ def segment_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if cu_seq_lens_q is None or query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(f"attention by segments takes one row with cu_seq_lens_q and no mask, found {query.shape[0]} row(s), bounds {cu_seq_lens_q is not None}, mask {attention_mask is not None}: lay packs out with `flatten`")
+    kind, device = query.dtype, query.device.type
+    if torch.is_autocast_enabled(device): query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if has_flash(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
         flat, bounds = [x[0].transpose(0, 1) for x in (query, key, value)], cu_seq_lens_q
-        return varlen_attn(*flat, bounds, bounds, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] != query.shape[1])[None], None
+        return varlen_attn(*flat, bounds, bounds, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), enable_gqa=key.shape[1] != query.shape[1])[None].to(kind), None
     lengths = cu_seq_lens_q.diff().tolist()
     inputs = (query, key, value) if query.is_cuda else [x.float() for x in (query, key, value)]
     pieces = zip(*(x.split(lengths, dim=2) for x in inputs))
-    return torch.cat([sdpa_attention_forward(module, *piece, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for piece in pieces], dim=1).to(query.dtype), None
+    return torch.cat([sdpa_attention_forward(module, *piece, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for piece in pieces], dim=1).to(kind), None
 
 # %% ../../nbs/training/03_packing.ipynb #759498ea
 def register_segments(
