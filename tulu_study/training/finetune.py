@@ -3,7 +3,7 @@
 `tulu_study.training.launch` starts it. It is `transformers.Trainer` with DeepSpeed ZeRO; ours are the order of the data, its packing, the choice of the loss's
 denominator, the optimiser's groups and schedule (those of the reference), the log, and the numbers that the saved checkpoint is checked against.
 """
-import functools, json, math, os, random, shutil, signal, statistics, sys, time, uuid
+import functools, json, math, os, random, re, shutil, signal, statistics, sys, time, uuid
 from pathlib import Path
 
 from tulu_study.core.cells import hardware
@@ -418,7 +418,9 @@ def explain(error: BaseException, config: FinetuneConfig) -> str:
     if isinstance(error, TrainingError): return str(error)
     low = text.lower()
     if isinstance(error, MemoryError) or "out of memory" in low or "can't allocate memory" in low or "not enough memory" in low:
-        return (f"out of memory: lower micro_batch_size (now {config.micro_batch_size}) or max_seq_length (now {config.max_seq_length}), set gradient_checkpointing, "
+        torn = re.search(r"and ([\d.]+) (GiB|MiB) is reserved by PyTorch but unallocated", text)   # what it always says of a GPU
+        pieces = f"{torn[1]} GiB of the GPU lay free in pieces too small: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and try again, or " if torn and torn[2] == "GiB" and float(torn[1]) >= 1 else ""
+        return (f"out of memory: {pieces}lower micro_batch_size (now {config.micro_batch_size}) or max_seq_length (now {config.max_seq_length}), set gradient_checkpointing, "
                 f"or spread the model over more ranks with zero_stage 3 (now {config.ranks} rank(s), stage {config.zero_stage}). {text.splitlines()[0][:300]}")
     if getattr(error, "errno", None) in (27, 28, 122) or any(sign in low for sign in ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed")):
         return (f"the disk is full (or a file larger than allowed): free some space, or move the results root ([roots] results in settings.ini, TULU_RESULTS); {config.out_dir} is incomplete and will be made again, "
