@@ -74,10 +74,13 @@ def _rank(env, function, args):
 
 @pytest.fixture(scope="module")
 def fork(place):
-    "fork(function, *args, ranks=1, status=0): call it in as many processes as there are ranks, in a trainer's environment, and expect their exit status."
+    """fork(function, *args, ranks=1, status=0): call it in as many processes as there are ranks, in a trainer's environment, and expect their exit status.
+
+    With a GPU each process imports for itself: CUDA does not survive a fork."""
+    import torch
     os.environ.update({k: v for k, v in environment_for(settings(place, "x"), direct=True).items() if k in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")})
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
+    if not torch.cuda.is_available(): context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
 
     def run(function, *args, ranks=1, status=0):
         env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from finetunings import fork, gap, log, place, settings, train, weights  # noqa: F401 (fork, place and train are fixtures)
+from test_resume import continued
 from tulu_study.training.launch import launch
 from tulu_study.training.packing import flatten, has_flash, register_segments, segment_attention
 
@@ -96,6 +97,21 @@ def test_qlora_from_base_to_merged_checkpoint(place, wide):
     assert (one - other).abs().max() < 0.05 * other.abs().max()  # 16-bit products beside float32
 
 
+@flash
+def test_qlora_uses_the_flash_kernel(place, wide, monkeypatch):
+    "Its normalisations are float32, its products 16 bits."
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+    from torch.nn.attention import varlen
+    from tulu_study.training.lora import quantised, wrap
+    config = settings(place, "gpu-qlora-flash", base_dir=wide, zero_stage=0, precision="bf16", lora={"rank": 8, "qlora": True})
+    model, kernel, seen = wrap(AutoModelForCausalLM.from_pretrained(wide, attn_implementation=register_segments(), **quantised(config)), config), varlen.varlen_attn, []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **more: seen.append(args[0].dtype) or kernel(*args, **more))
+    pack = {name: value.cuda() if torch.is_tensor(value) else value for name, value in flatten([({"input_ids": list(range(5, 45)), "labels": list(range(5, 45))}, 1.0)] * 2).items() if name not in ("targets", "of", "weights", "tokens", "supervised")}
+    with torch.autocast("cuda", dtype=torch.bfloat16): model(**pack, use_cache=False)
+    assert seen == [torch.bfloat16] * 2
+
+
 def test_merging_4_bits_takes_one_layer_of_the_gpu(place, wide):
     "The trained model has made room before; then no second copy of the model may be there, in 16 bits or more."
     pytest.importorskip("bitsandbytes")
@@ -119,3 +135,23 @@ def test_one_kernel_updates_all(place):
     from tulu_study.training.finetune import make_optimizer
     optimizer = make_optimizer(settings(place, "gpu-adamw"), AutoModelForCausalLM.from_pretrained(place / "llama").cuda())
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+
+
+def test_compiled_layers_on_a_gpu_train_the_same_model(train, wide):
+    compiled, plain = (train(f"gpu-compile-{compile}", zero_stage=2, precision="bf16", base_dir=wide, compile=compile) for compile in (True, False))
+    assert [row["loss"] for row in log(compiled)] == pytest.approx([row["loss"] for row in log(plain)], abs=3e-2)
+
+
+def test_an_optimiser_in_the_hosts_memory_trains_the_same_model(train, wide):
+    "DeepSpeed compiles its AdamW for the processor the first time."
+    host, device = (train(f"gpu-offload-{offload}", zero_stage=2, precision="bf16", base_dir=wide, offload=offload) for offload in ("optimizer", "none"))
+    assert [row["loss"] for row in log(host)] == pytest.approx([row["loss"] for row in log(device)], abs=3e-2) and gap(host, device) < 1e-2
+
+
+@pytest.mark.parametrize("changes", [dict(zero_stage=2, precision="bf16"), dict(zero_stage=3, precision="bf16"), dict(zero_stage=2, precision="bf16", gradient_checkpointing=True)], ids=["zero2", "zero3", "checkpointing"])
+def test_killed_on_a_gpu_it_continues_on_the_same_curve(place, fork, train, wide, changes):
+    "To within what a backward kernel that adds in any order leaves open."
+    name = "-".join(map(str, changes.values()))
+    folder, _ = continued(place, fork, f"gpu-cut-{name}", 3, expected_from=3, base_dir=wide, **changes)
+    whole = train(f"gpu-whole-{name}", base_dir=wide, save_steps=1, **changes)
+    assert [row["loss"] for row in log(folder)] == pytest.approx([row["loss"] for row in log(whole)], abs=1e-2) and gap(folder, whole) < 5e-3
