@@ -3,6 +3,7 @@
 # make plan | report | lab | figures | doctor | system-deps | resolve-gpu | clean
 # make bench-data   how fast conversion is, as ratios against named opponents (SOURCES=<folder of raw files> and TOKENIZER=<folder of LLaMA's tokenizer, default $(SOURCES)/tokenizers/llama> for ShareGPT)
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
+# make bench-gpu    what fine-tuning takes on one GPU, beside the plan's prediction (SOURCES = folder of raw files with tokenizers/llama; some ten minutes on an H200)
 # make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
 # make bench-sandbox     how fast generated code is checked: 164 problems, 20 completions each (SOURCES; needs bubblewrap)
 # make bench-eval   how fast evaluation is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with gsm8k and mmlu)
@@ -82,7 +83,10 @@ bench-data: setup
 bench-train: setup
 	@$(BIN)/python bench/train.py --check
 
-.PHONY: bench-agreement bench-sandbox
+.PHONY: bench-gpu bench-agreement bench-sandbox
+bench-gpu: setup
+	@$(BIN)/python bench/gpu.py
+
 bench-agreement: setup
 	@$(BIN)/python bench/agreement.py
 

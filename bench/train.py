@@ -149,8 +149,10 @@ def measure_stack(spec: dict) -> dict:
     finetune.load_data, finetune.make_trainer = lambda *_: (encoded, {}), watched
     try: finetune.train(config)
     except Done: pass
+    import torch
     log = [json.loads(line) for line in open(Path(config.out_dir) / "training_log.jsonl")]
-    return clock.result([(row["tokens"], row["supervised_tokens"]) for row in log], finetune.layout(config, encoded)[2], found["peak"], found["cpu"])
+    idle = finetune.layout(config, encoded)[2] | ({"reserved": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {})   # of this rank
+    return clock.result([(row["tokens"], row["supervised_tokens"]) for row in log], idle, found["peak"], found["cpu"])
 
 
 def measure_trl(spec: dict) -> dict:

@@ -76,3 +76,41 @@ def test_a_ratio_below_its_target_is_counted(bench, monkeypatch, tmp_path, capsy
     assert bench.race("13m", given, tmp_path, "it is not there") == 0
     monkeypatch.setattr(bench, "run", lambda name, *_: made(name) | {"trained": 91 if name == bench.OURS else 90})
     with pytest.raises(SystemExit, match="different numbers of supervised tokens"): bench.race("13m", given, tmp_path, "")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_the_gpu_benchmark_measures_beside_the_plan(gpu, place, tmp_path, monkeypatch):
+    "On the processor, in small; what only a GPU can tell is put in by hand."
+    import csv
+    from types import SimpleNamespace
+    monkeypatch.setitem(gpu.CASES, "tiny", ("smollm2-135m", {"gradient_checkpointing": True}))
+    monkeypatch.setattr(gpu, "BATCH", 8)
+    monkeypatch.setattr(gpu, "make_model", lambda shape, folder, tokenizer: gpu.train.make_model("tiny", folder, place, tokenizer) or folder)
+    rows = gpu.conversations(place, place / "bytes", tmp_path, 16)
+    found = gpu.measure("tiny", SimpleNamespace(threads=1, tokenizer=place / "bytes"), tmp_path, rows)
+    assert found["steps"] == 2 and found["trained"] == sum(label != -100 for row in rows for label in row["labels"][1:]) and found["flops"] > 0 and found["planned"] > found["planned_used"]
+    found["reserved"] = 3 << 30
+    assert gpu.shown(found).startswith("tiny ") and " 3.0 " in gpu.shown(found) and len(gpu.shown(found)) == len(gpu.HEAD)
+    row = gpu.written(found, "a card")
+    assert row["gradient_checkpointing"] and row["layers"] == 30 and row["kv_heads"] == 3 and row["reserved_bytes"] == 3 << 30
+    with open(ROOT / "nbs" / "training" / "measured_gpu.csv") as f: kept = list(csv.DictReader(f))
+    assert list(row) == list(kept[0]) and {one["training"] for one in kept} <= set(gpu.CASES)
+
+
+def test_the_plan_of_every_gpu_case(gpu):
+    planned = {name: gpu.planned(*case)[1].device for name, case in gpu.CASES.items()}
+    assert planned["7b"] > planned["7b-lora"] > planned["7b-qlora"] and planned["1b"] > planned["1b-checkpointing"] > planned["1b-offload"] and planned["1b"] == planned["1b-padded"] == planned["1b-compiled"]
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(place):
+    done = subprocess.run([sys.executable, "bench/gpu.py", "--sources", place], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and "found no CUDA device; `make bench-train` measures on the processor" in done.stderr
