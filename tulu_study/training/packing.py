@@ -163,7 +163,8 @@ def segment_attention(
     if cu_seq_lens_q is None or query.shape[0] != 1 or attention_mask is not None:
         raise ValueError(f"attention by segments takes one row with cu_seq_lens_q and no mask, found {query.shape[0]} row(s), bounds {cu_seq_lens_q is not None}, mask {attention_mask is not None}: lay packs out with `flatten`")
     kind, device = query.dtype, query.device.type
-    if torch.is_autocast_enabled(device): query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if kind is torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if has_flash(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
         flat, bounds = [x[0].transpose(0, 1) for x in (query, key, value)], cu_seq_lens_q
