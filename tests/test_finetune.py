@@ -299,12 +299,16 @@ def test_a_finished_training_is_not_made_again(train, place, monkeypatch):
     assert finished() is None
 
 
+FREE = "GPU 0 has a total capacity of 139.80 GiB of which 12.30 GiB is free. Of the allocated memory 101.95 GiB is allocated by PyTorch, and {} is reserved by PyTorch but unallocated."
+
+
 @pytest.mark.parametrize("error, named", [
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "lower micro_batch_size (now 2)"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory: lower micro_batch_size"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "zero_stage 3 (now 1 rank(s), stage 2)"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 12.55 GiB. Of the allocated memory 101.95 GiB is allocated by PyTorch, and 23.64 GiB is reserved by PyTorch but unallocated."), "23.64 GiB of the GPU lay free in pieces too small: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. Of the allocated memory 70 GiB is allocated by PyTorch, and 23.64 MiB is reserved by PyTorch but unallocated."), "out of memory: lower micro_batch_size"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 12.55 GiB. " + FREE.format("23.64 GiB")), "out of memory: 23.6 GiB of the GPU lay free in pieces too small: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 12.55 GiB. " + FREE.format("23.64 MiB")), "out of memory: lower micro_batch_size"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 40.00 GiB. " + FREE.format("23.64 GiB")), "out of memory: lower micro_batch_size"),
     (OSError(28, "No space left on device"), "the disk is full"),
     (RuntimeError("backend='inductor' raised:\nNotImplementedError: aten.what"), "compile: the layers could not be compiled; take compile false"),
     (RuntimeError("InductorError: CppCompileError: C++ compile error\n/tmp/x.cpp:1:2: fatal error: write: No space left on device"), "the disk is full"),

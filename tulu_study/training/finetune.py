@@ -412,14 +412,24 @@ def save(config: FinetuneConfig, trainer, model, tokenizer, facts: dict) -> None
 
 # ---- the process
 
+def sizes_in(
+    text: str,     # PyTorch's words
+    pattern: str,  # a regular expression with {} for the size
+) -> float:        # MiB, 0 where it does not say
+    "Read a size from what PyTorch says of a GPU's memory."
+    found = re.search(pattern.format(r"([\d.]+) (GiB|MiB)"), text)
+    return float(found[1]) * {"GiB": 1024, "MiB": 1}[found[2]] if found else 0.0
+
+
 def explain(error: BaseException, config: FinetuneConfig) -> str:
     "Say what went wrong, with the setting to change where it is known."
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, TrainingError): return str(error)
     low = text.lower()
     if isinstance(error, MemoryError) or "out of memory" in low or "can't allocate memory" in low or "not enough memory" in low:
-        torn = re.search(r"and ([\d.]+) (GiB|MiB) is reserved by PyTorch but unallocated", text)   # what it always says of a GPU
-        pieces = f"{torn[1]} GiB of the GPU lay free in pieces too small: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and try again, or " if torn and torn[2] == "GiB" and float(torn[1]) >= 1 else ""
+        tried, free, torn = (sizes_in(text, pattern) for pattern in (r"Tried to allocate {}", r"of which {} is free", r"and {} is reserved by PyTorch but unallocated"))   # what it says of a GPU
+        torn = torn if tried and tried <= torn + free and "expandable_segments:True" not in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "") else 0
+        pieces = f"{torn / 1024:.1f} GiB of the GPU lay free in pieces too small: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True and try again, or " if torn else ""
         return (f"out of memory: {pieces}lower micro_batch_size (now {config.micro_batch_size}) or max_seq_length (now {config.max_seq_length}), set gradient_checkpointing, "
                 f"or spread the model over more ranks with zero_stage 3 (now {config.ranks} rank(s), stage {config.zero_stage}). {text.splitlines()[0][:300]}")
     if getattr(error, "errno", None) in (27, 28, 122) or any(sign in low for sign in ("no space left", "file too large", "disk quota", "pytorchstreamwriter failed")):
