@@ -3,7 +3,7 @@
 # make plan | report | lab | figures | doctor | system-deps | resolve-gpu | clean
 # make bench-data   how fast conversion is, as ratios against named opponents (SOURCES=<folder of raw files> and TOKENIZER=<folder of LLaMA's tokenizer, default $(SOURCES)/tokenizers/llama> for ShareGPT)
 # make bench-train  how fast fine-tuning is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with tokenizers/llama; about half an hour on two idle cores)
-# make bench-gpu    what fine-tuning takes on one GPU, beside the plan's prediction (SOURCES = folder of raw files with tokenizers/llama; some ten minutes on an H200)
+# make bench-gpu    what fine-tuning takes on one GPU, beside the plan's prediction (SOURCES = folder of raw files with tokenizers/llama)
 # make bench-agreement   whether vLLM and transformers say the same on 50 examples of every benchmark setting (SOURCES; writes bench/agreement.md)
 # make bench-sandbox     how fast generated code is checked: 164 problems, 20 completions each (SOURCES; needs bubblewrap)
 # make bench-eval   how fast evaluation is on a CPU, as ratios against named opponents (SOURCES = folder of raw files with gsm8k and mmlu)

@@ -1,15 +1,17 @@
 """Fine-tuning on one GPU: its memory and speed beside what `tulu-study plan` predicts, and packs beside padded rows.
 
-    python bench/gpu.py --sources <folder of raw files>          # everything below that this card has room for
+    python bench/gpu.py --sources <folder of raw files>          # everything below whose weights, gradients and optimiser this card has room for
     python bench/gpu.py --sources … --only 1b 1b-padded          # some of it
 
 The models have the shapes of params/models.yaml (1b: that of TinyLlama) and random weights, which change neither memory nor time. They learn from Code-Alpaca's conversations, 128 in an optimiser
 step, in bf16 with DeepSpeed ZeRO-2, two conversations of up to 2,048 tokens in a forward pass: packs of 4,096 tokens, or two padded rows (the reference's way).
 
 Every measurement is a process of its own, whose clock runs from the end of the first optimiser step to the end of the last one. Memory is what PyTorch allocated and reserved at most. Operations are those of
-the plan, which counts logits at every position, divided by the seconds; beside them stands what a large product of matrices reaches on the card. Nothing is saved.
+the plan, which counts logits at every position, divided by the seconds; beside them stands what a large product of matrices reaches on the card. Nothing is saved. Where memory runs out, that is the result.
+This process leaves the card alone: what else needs it (making models, the large product) ends before a measurement begins.
 """
-import argparse, gc, importlib.metadata, json, os, sys, tempfile, time
+import argparse, importlib.metadata, json, multiprocessing, os, sys, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,22 +41,22 @@ def record_of(shape: str):
     return models()["llama-7b"].model_copy(update={"key": shape, "shape": ONE_B if shape == "1b" else models()[shape].shape})
 
 
-def make_model(shape: str, folder: Path, tokenizer: Path) -> Path:
+def apart(function, *given):
+    "Call a function in a process of its own, which takes its hold of the card with it."
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool: return pool.submit(function, *given).result()
+
+
+def make_model(shape: str, folder: Path, tokenizer: Path) -> None:
     "A base model's folder with random weights in 16 bits, made on the GPU."
     import shutil, torch
     from transformers import AutoModelForCausalLM
     from tulu_study.training.scale import shape_config
-    if folder.exists(): return folder
     folder.mkdir()
     for path in tokenizer.iterdir():
         if path.is_file(): shutil.copyfile(path, folder / path.name)
     torch.manual_seed(0)
     with torch.device("cuda"): model = AutoModelForCausalLM.from_config(shape_config(record_of(shape)), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return folder
 
 
 def conversations(sources: Path, tokenizer: Path, folder: Path, count: int):
@@ -68,8 +70,8 @@ def conversations(sources: Path, tokenizer: Path, folder: Path, count: int):
     return encode_all(sampled, load_tokenizer(tokenizer, "llama"), LENGTH).rows
 
 
-def product_rate(size: int = 8192, times: int = 20) -> float:   # operations per second
-    "What the card's matrix units reach in bf16."
+def card(size: int = 8192, times: int = 20) -> tuple:   # name, bytes, operations per second
+    "What the card is, and what its matrix units reach in bf16."
     import torch
     one, other = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     for _ in range(3): one @ other
@@ -77,7 +79,7 @@ def product_rate(size: int = 8192, times: int = 20) -> float:   # operations per
     begun = time.perf_counter()
     for _ in range(times): one @ other
     torch.cuda.synchronize()
-    return 2 * size ** 3 * times / (time.perf_counter() - begun)
+    return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], 2 * size ** 3 * times / (time.perf_counter() - begun)
 
 
 def planned(shape: str, changes: dict):
@@ -89,13 +91,13 @@ def planned(shape: str, changes: dict):
     return record, device_memory(record, scale, LENGTH), adapter_size(record, scale)
 
 
-def measure(name: str, given, folder: Path, rows: list) -> dict:
+def measure(name: str, threads: int, base: Path, folder: Path, rows: list) -> dict:
     "Train in a process of its own."
     from tulu_study.training.scale import training_flops
     shape, changes = CASES[name]
     record, memory, adapter = planned(shape, changes)
-    settings = dict(base_dir=str(make_model(shape, folder / f"model-{shape}", given.tokenizer)), data_file="-", out_dir=str(folder / name), family=record.family, epochs=1, max_seq_length=LENGTH, precision="bf16", zero_stage=2,
-                    micro_batch_size=2, batch_size=BATCH, save_minutes=0, threads=given.threads, packing=True) | changes
+    settings = dict(base_dir=str(base), data_file="-", out_dir=str(folder / name), family=record.family, epochs=1, max_seq_length=LENGTH, precision="bf16", zero_stage=2,
+                    micro_batch_size=2, batch_size=BATCH, save_minutes=0, threads=threads, packing=True) | changes
     (folder / name).mkdir()
     spec = folder / f"{name}.json"
     spec.write_text(json.dumps({"settings": settings, "rows": rows}))
@@ -109,7 +111,7 @@ def written(found: dict, device: str) -> dict:
     "A row of nbs/training/measured_gpu.csv."
     changes, shape = CASES[found["name"]][1], record_of(found["shape"]).shape
     lora = changes.get("lora", {})
-    return {"training": found["name"], **{key: shape.get(key, shape["heads"]) for key in ("layers", "width", "heads", "kv_heads", "inner", "vocabulary")}, "tied": shape.get("tied", False), "gradient_checkpointing": changes.get("gradient_checkpointing", False),
+    return {"training": found["name"], "layers": shape["layers"], "width": shape["width"], "heads": shape["heads"], "kv_heads": shape.get("kv_heads", shape["heads"]), "inner": shape["inner"], "vocabulary": shape["vocabulary"], "tied": shape.get("tied", False), "gradient_checkpointing": changes.get("gradient_checkpointing", False),
             "lora_rank": lora.get("rank", 0), "qlora": lora.get("qlora", False), "offload": changes.get("offload", "none"), "packing": changes.get("packing", True), "compile": changes.get("compile", False), "mean_length": round(found["mean_length"], 2),
             "tokens": found["tokens"], "supervised": found["supervised"], "seconds": round(found["seconds"], 3), "cpu_seconds": round(found["cpu"], 3), "allocated_bytes": found["peak"], "reserved_bytes": found["reserved"], "device": device}
 
@@ -118,6 +120,7 @@ HEAD = f"{'':18}{'supervised tokens/s':>21}{'tokens/s':>11}{'TFLOP/s':>9}{'paddi
 
 
 def shown(found: dict) -> str:
+    "A line below the head."
     gib = lambda key: found[key] / 2 ** 30
     return (f"{found['name']:18}{found['supervised'] / found['seconds']:>21,.0f}{found['tokens'] / found['seconds']:>11,.0f}{found['flops'] / 1e12:>9.0f}{found['padding_share']:>9.1%}{gib('peak'):>15.1f}{gib('planned_used'):>9.1f}"
             f"{gib('reserved'):>14.1f}{gib('planned'):>9.1f}{found['starting']:>9.1f}{found['first']:>9.1f}{found['seconds'] / (found['steps'] - 1):>8.2f}")
@@ -130,7 +133,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="of " + ", ".join(CASES))
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps, of which the first is not timed")
     parser.add_argument("--threads", type=int, default=min(16, len(os.sched_getaffinity(0))), help="of the processor, for what lies in the host's memory")
-    parser.add_argument("--folder", type=Path, help="where the models lie meanwhile (14 GB); default: the system's place for temporary files")
+    parser.add_argument("--folder", type=Path, help="where the models lie meanwhile (16 GB); default: the system's place for temporary files")
     parser.add_argument("--csv", type=Path, help="also write what was measured here (nbs/training/measured_gpu.csv is such a file)")
     given = parser.parse_args()
     import pandas, torch
@@ -140,24 +143,27 @@ def main() -> int:
     if not given.sources: parser.error("give --sources (make bench-gpu SOURCES=…): a folder with code_alpaca/ and tokenizers/llama/")
     given.tokenizer = (given.tokenizer or given.sources / "tokenizers" / "llama").resolve()
     if not (given.tokenizer / "tokenizer.json").is_file(): parser.error(f"found no tokenizer.json in {given.tokenizer}: give --tokenizer, a folder with LLaMA's tokenizer")
-    room, all_found, failed = torch.cuda.mem_get_info()[1], [], 0
-    print(f"{torch.cuda.get_device_name()}, {room / 2 ** 30:.0f} GiB; " + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "deepspeed", "accelerate", "peft")), flush=True)
-    print(f"a product of two bf16 matrices of 8,192 x 8,192: {product_rate() / 1e12:.0f} TFLOP/s", flush=True)
+    (device, room, rate), all_found, failed = apart(card), [], 0
+    print(f"{device}, {room / 2 ** 30:.0f} GiB; " + ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "transformers", "deepspeed", "accelerate", "peft")), flush=True)
+    print(f"a product of two bf16 matrices of 8,192 x 8,192: {rate / 1e12:.0f} TFLOP/s", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-gpu-", dir=given.folder) as place:
         rows = conversations(given.sources.resolve(), given.tokenizer, Path(place), given.steps * BATCH)
         if len(rows) <= (given.steps - 1) * BATCH: parser.error(f"--steps {given.steps}: found {len(rows)} conversations, expected more than {(given.steps - 1) * BATCH}")
         print(f"{len(rows)} conversations, {sum(len(row['input_ids']) for row in rows) / len(rows):.0f} tokens on average\n{HEAD}", flush=True)
         for name in given.only:
-            if (need := planned(*CASES[name])[1].states) > room:
-                print(f"{name:18}not run: weights, gradients and optimiser take {need / 2 ** 30:.0f} GiB, the card has {room / 2 ** 30:.0f}", flush=True)
+            memory, base = planned(*CASES[name])[1], Path(place) / f"model-{CASES[name][0]}"
+            if memory.states > room:
+                print(f"{name:18}not run: weights, gradients and optimiser take {memory.states / 2 ** 30:.0f} GiB, the card has {room / 2 ** 30:.0f}", flush=True)
                 continue
-            try: all_found.append(measure(name, given, Path(place), rows))
+            if not base.exists(): apart(make_model, CASES[name][0], base, given.tokenizer)
+            try: all_found.append(measure(name, given.threads, base, Path(place), rows))
             except SystemExit as error:
-                failed += 1
-                print(f"{name:18}{error}", flush=True)
+                out = next((line for line in str(error).splitlines() if "OutOfMemoryError" in line), "")
+                failed += not out
+                print(f"{name:18}{'memory ran out; the plan says ' + format(memory.device / 2 ** 30, '.0f') + ' GiB. ' + out.strip() if out else error}", flush=True)
                 continue
             print(shown(all_found[-1]), flush=True)
-            if given.csv: pandas.DataFrame([written(found, torch.cuda.get_device_name()) for found in all_found]).to_csv(given.csv, index=False)
+            if given.csv: pandas.DataFrame([written(found, device) for found in all_found]).to_csv(given.csv, index=False)
     rates = {found["name"]: found["supervised"] / found["seconds"] for found in all_found}
     for one, other, what in (("1b", "1b-padded", "packs against padded rows"), ("135m", "135m-padded", "packs against padded rows"), ("1b-compiled", "1b", "compiled layers against plain ones"), ("135m-compiled", "135m", "compiled layers against plain ones")):
         if one in rates and other in rates: print(f"{one.removesuffix('-compiled')}, {what}, supervised tokens/s: {rates[one] / rates[other]:.2f} ×")

@@ -107,6 +107,7 @@ class Clock:
         class Note(TrainerCallback):
             def on_step_begin(self, *_, **__): clock.started = clock.started or time.time()
             def on_step_end(self, *_, **__):
+                if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized(): sys.modules["torch"].cuda.synchronize()
                 clock.first = clock.first or time.time()
                 clock.ends.append(time.perf_counter())
                 clock.worked.append(time.process_time())

@@ -91,13 +91,18 @@ def gpu():
 def test_the_gpu_benchmark_measures_beside_the_plan(gpu, place, tmp_path, monkeypatch):
     "On the processor, in small; what only a GPU can tell is put in by hand."
     import csv
-    from types import SimpleNamespace
+    from tulu_study.training.scale import training_flops
     monkeypatch.setitem(gpu.CASES, "tiny", ("smollm2-135m", {"gradient_checkpointing": True}))
     monkeypatch.setattr(gpu, "BATCH", 8)
-    monkeypatch.setattr(gpu, "make_model", lambda shape, folder, tokenizer: gpu.train.make_model("tiny", folder, place, tokenizer) or folder)
+    base = tmp_path / "base"
+    gpu.train.make_model("tiny", base, place, place / "bytes")
     rows = gpu.conversations(place, place / "bytes", tmp_path, 16)
-    found = gpu.measure("tiny", SimpleNamespace(threads=1, tokenizer=place / "bytes"), tmp_path, rows)
-    assert found["steps"] == 2 and found["trained"] == sum(label != -100 for row in rows for label in row["labels"][1:]) and found["flops"] > 0 and found["planned"] > found["planned_used"]
+    found = gpu.measure("tiny", 1, base, tmp_path, rows)
+    record, memory, _ = gpu.planned(*gpu.CASES["tiny"])
+    assert found["steps"] == 2 and found["trained"] == sum(label != -100 for row in rows for label in row["labels"][1:])
+    tokens = [len(row["input_ids"]) for row in rows]
+    assert found["flops"] * found["seconds"] == pytest.approx(training_flops(record, found["tokens"], sum(tokens) / len(tokens), True)) and 0 < found["tokens"] < sum(tokens)
+    assert found["planned"] == memory.device > found["planned_used"] == memory.device - memory.buffers
     found["reserved"] = 3 << 30
     assert gpu.shown(found).startswith("tiny ") and " 3.0 " in gpu.shown(found) and len(gpu.shown(found)) == len(gpu.HEAD)
     row = gpu.written(found, "a card")
@@ -109,6 +114,10 @@ def test_the_gpu_benchmark_measures_beside_the_plan(gpu, place, tmp_path, monkey
 def test_the_plan_of_every_gpu_case(gpu):
     planned = {name: gpu.planned(*case)[1].device for name, case in gpu.CASES.items()}
     assert planned["7b"] > planned["7b-lora"] > planned["7b-qlora"] and planned["1b"] > planned["1b-checkpointing"] > planned["1b-offload"] and planned["1b"] == planned["1b-padded"] == planned["1b-compiled"]
+
+
+def test_a_process_of_its_own_calls_and_answers(gpu):
+    assert gpu.apart(os.getpid) != os.getpid()
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so(place):

@@ -130,6 +130,20 @@ def test_predictions_are_near_what_was_measured(monkeypatch):
     assert text == "2.00 / 3.00 s (1.5)" and planning.ratio_text(None, 3.0, 1, "s") == "–"
 
 
+def test_gpu_memory_is_planned_near_and_above_what_was_reserved():
+    "Of one H200: what PyTorch reserved lies between 0.55 and 1 of the plan."
+    import csv
+    from tulu_study.core.params import models
+    from tulu_study.training.scale import Scale, device_memory
+    rows = list(csv.DictReader(open(ROOT/"nbs"/"training"/"measured_gpu.csv")))
+    assert len(rows) >= 5
+    for row in rows:
+        shape = {name: int(row[name]) for name in ("layers", "width", "heads", "kv_heads", "inner", "vocabulary")} | {"tied": row["tied"] == "True"}
+        scale = Scale(zero_stage=0 if row["qlora"] == "True" else 2, offload=row["offload"], micro_batch_size=2, gradient_checkpointing=row["gradient_checkpointing"] == "True", lora_rank=int(row["lora_rank"]), qlora=row["qlora"] == "True")
+        memory = device_memory(models()["llama-7b"].model_copy(update={"shape": shape}), scale, 2048)
+        assert 0.55 < int(row["reserved_bytes"]) / memory.device < 1, row
+
+
 def test_a_record_whose_hardware_gives_another_batch_is_refused():
     from tulu_study.core.params import ModelScale
     with pytest.raises(ValueError, match="x accumulation is 64, expected 128"): ModelScale(gpus=8, micro_batch_size=2, accumulation=4)
