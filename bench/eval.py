@@ -13,7 +13,7 @@ the same stop (a newline). Each measurement is a process of its own:
   compile, with the same environment of vLLM as ours.
 
 What is expected of prompts per second against lm_eval holds for both benchmarks together, as a user runs them: ours in one queue, lm_eval one after the other. On GSM alone the same vLLM generates for both and caches
-the same shots; the two alternate there, and the median of the rounds' ratios is shown without anything being expected of it.
+the same shots: there ours must not be slower by more than a tenth. The two alternate, and the median of the rounds' ratios counts.
 
 Prompts per second count the requests alone: from the first request to the last answer. Wall time is that of the whole process. lm_eval sends four requests per MMLU question, one for each answer, and reads
 their log-probabilities from the prompt; ours sends one. Completions, choices and accuracies are compared, and those of all sides scored by lm_eval's own filter and metrics.
@@ -32,8 +32,8 @@ LETTERS = ["A", "B", "C", "D"]
 OURS, GSM_ALONE, MMLU_ALONE, REFERENCE, HARNESS, HARNESS_GSM = "ours", "ours, GSM alone", "ours, MMLU alone", "reference's way", "lm_eval", "lm_eval, GSM alone"
 ONLY = {GSM_ALONE: ["gsm"], MMLU_ALONE: ["mmlu"], HARNESS_GSM: ["gsm"]}  # the others do both
 BATCH = {"gsm": 20, "mmlu": 4}  # of the reference
-TARGETS = [("GSM: prompts/s against the reference's way", 8.0), ("both: prompts/s against lm_eval", 1.2), ("MMLU: prompts/s against lm_eval", 1.2), ("wall time against lm_eval", 1.5)]
-ROUNDS = "GSM alone: prompts/s against lm_eval"
+TARGETS = [("GSM: prompts/s against the reference's way", 8.0), ("both: prompts/s against lm_eval", 1.2), ("MMLU: prompts/s against lm_eval", 1.2), ("wall time against lm_eval", 1.5),
+           ("GSM alone: prompts/s against lm_eval", 0.9)]  # the last: no slower, but for what rounds differ by
 
 
 # ---- before the clock
@@ -249,8 +249,10 @@ def main():
         measure = lambda side, turn="": run(side, spec | {"only": ONLY.get(side, ["gsm", "mmlu"])}, folder, peer, turn)
         rounds = [{side: measure(side, turn) for side in (GSM_ALONE, HARNESS_GSM)} for turn in range(given.rounds)]
         close = [turn[HARNESS_GSM]["seconds"]["gsm"] / turn[GSM_ALONE]["seconds"]["gsm"] for turn in rounds]
-        print(f"{ROUNDS}: {statistics.median(close):.2f} × ({min(close):.2f}–{max(close):.2f})", flush=True)
-        if given.only_rounds: return
+        print(f"{TARGETS[-1][0]}: {statistics.median(close):.2f} × ({min(close):.2f}–{max(close):.2f}; expected: at least {TARGETS[-1][1]})", flush=True)
+        if given.only_rounds:
+            if given.check and statistics.median(close) < TARGETS[-1][1]: sys.exit(f"Missed: {TARGETS[-1][0]}")
+            return
         found = {side: sorted((turn[side] for turn in rounds), key=lambda one: one["seconds"]["gsm"])[len(rounds) // 2] for side in (GSM_ALONE, HARNESS_GSM)} | {side: measure(side) for side in (MMLU_ALONE, OURS, HARNESS, REFERENCE)}
         scores = run("judge", spec | {"answers": {side: {key: found[side][key] for key in count} for side in (OURS, REFERENCE, HARNESS)}}, folder, peer)
     report(found, close, scores, count, given.check)
@@ -272,10 +274,9 @@ def report(found: dict, close: list, scores: dict, count: dict, check: bool) -> 
         same = agreement(found[OURS], found[side])
         rows.append((f"equal to ours, {side}: completions, choices", f"{same['gsm']:.0%}, {same['mmlu']:.0%}", "bf16 rounds differently in other batches"))
     together = {side: sum(found[side]["seconds"].values()) for side in (OURS, HARNESS)}   # the same prompts
-    ratios = [rates[OURS]["gsm"] / rates[REFERENCE]["gsm"], together[HARNESS] / together[OURS], rates[OURS]["mmlu"] / rates[HARNESS]["mmlu"], found[HARNESS]["wall"] / found[OURS]["wall"]]
-    rows += [(name, f"{ratio:.2f} ×", f"(expected: at least {target})") for (name, target), ratio in zip(TARGETS, ratios)]
-    rows += [(ROUNDS, f"{statistics.median(close):.2f} ×", f"median of {len(close)} rounds, {min(close):.2f} to {max(close):.2f}: the same vLLM generates for both"),
-             ("MMLU: prompts/s against the reference's way", f"{rates[OURS]['mmlu'] / rates[REFERENCE]['mmlu']:.2f} ×", "")]
+    ratios = [rates[OURS]["gsm"] / rates[REFERENCE]["gsm"], together[HARNESS] / together[OURS], rates[OURS]["mmlu"] / rates[HARNESS]["mmlu"], found[HARNESS]["wall"] / found[OURS]["wall"], statistics.median(close)]
+    rows += [(name, f"{ratio:.2f} ×", f"(expected: at least {target})" + f" median of {len(close)} rounds, {min(close):.2f} to {max(close):.2f}" * name.startswith("GSM alone")) for (name, target), ratio in zip(TARGETS, ratios)]
+    rows.append(("MMLU: prompts/s against the reference's way", f"{rates[OURS]['mmlu'] / rates[REFERENCE]['mmlu']:.2f} ×", ""))
     wide = max(len(name) for name, *_ in rows)
     print("\nlm_eval sends 4 requests per MMLU question, ours 1; prompts/s are questions per second for both.\n")
     for name, value, expected in rows: print(f"{name:{wide}}  {value:>18}  {expected}".rstrip())
