@@ -12,8 +12,8 @@ the same stop (a newline). Each measurement is a process of its own:
 - lm_eval: its command line with its vLLM backend, both tasks in one call (the rate of both together, MMLU's and the wall time count), and GSM by itself (its rate is shown), told to cache prefixes and not to
   compile, with the same environment of vLLM as ours.
 
-What is expected of prompts per second against lm_eval holds for both benchmarks together, as a user runs them: ours in one queue, lm_eval one after the other. On GSM alone the same vLLM generates for both and caches
-the same shots: there ours must not be slower by more than a tenth. The two alternate, and the median of the rounds' ratios counts.
+What is expected of prompts per second against lm_eval holds for both benchmarks together, as a user runs them (ours in one queue, lm_eval one after the other), and for each alone. On GSM alone the same vLLM generates for
+both and caches the same shots, so the two are close: they alternate, and the median of the rounds' ratios counts.
 
 Prompts per second count the requests alone: from the first request to the last answer. Wall time is that of the whole process. lm_eval sends four requests per MMLU question, one for each answer, and reads
 their log-probabilities from the prompt; ours sends one. Completions, choices and accuracies are compared, and those of all sides scored by lm_eval's own filter and metrics.
@@ -33,7 +33,7 @@ OURS, GSM_ALONE, MMLU_ALONE, REFERENCE, HARNESS, HARNESS_GSM = "ours", "ours, GS
 ONLY = {GSM_ALONE: ["gsm"], MMLU_ALONE: ["mmlu"], HARNESS_GSM: ["gsm"]}  # the others do both
 BATCH = {"gsm": 20, "mmlu": 4}  # of the reference
 TARGETS = [("GSM: prompts/s against the reference's way", 8.0), ("both: prompts/s against lm_eval", 1.2), ("MMLU: prompts/s against lm_eval", 1.2), ("wall time against lm_eval", 1.5),
-           ("GSM alone: prompts/s against lm_eval", 0.9)]  # the last: no slower, but for what rounds differ by
+           ("GSM alone: prompts/s against lm_eval", 1.2)]
 
 
 # ---- before the clock
