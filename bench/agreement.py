@@ -4,7 +4,7 @@
     python bench/agreement.py --examples 4 --tokens 8 --others 2        # smaller
 
 Every run is a process of its own and goes through the runner, scoring included. float32 is the gate: where completions part there, the two likeliest tokens must have been all but equally likely
-(at most TIE apart), else the command fails. bfloat16 rounds every number to three digits, and is information. Codex-Eval is decoded greedily here, one completion a problem; completions are short (--tokens).
+(at most TIE apart), else the command fails. The same holds where vLLM reads repetitions ahead (`tulu-study evaluate` of greedy completions alone, on a CPU) and where it does not. bfloat16 rounds every number to three digits, and is information. Codex-Eval is decoded greedily here, one completion a problem; completions are short (--tokens).
 """
 import argparse, csv, io, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -24,11 +24,18 @@ def wanted(leave_out: str) -> dict:
     return {key: list(record.settings)[:1] if key == "codex_eval" else list(record.settings) for key, record in benchmarks().items() if key not in left}
 
 
+def completing(chosen: dict) -> dict:
+    "Of the settings, those whose answers are text."
+    from tulu_study.evaluation.benchmark import find_class
+    kept = {key: [setting for setting in settings if (key, setting) != ("truthfulqa", "mc")] for key, settings in chosen.items() if find_class(key).kind == "generate"}
+    return {key: settings for key, settings in kept.items() if settings}
+
+
 def one_run(model: str, sources: str, out: str, engine: str, dtype: str, chunk: int, examples: int, tokens: int, leave_out: str):
     "In this process: evaluate the settings, and keep the token ids of every completion."
     from tulu_study.evaluation import codex_eval, engines, runner
     from tulu_study.evaluation.benchmark import find_class
-    chosen, hashes = wanted(leave_out), {}
+    chosen, hashes = wanted(leave_out) if chunk else completing(wanted(leave_out)), {}   # chunk 0: as one queue, read ahead
     for key in chosen: find_class(key).max_new_tokens = min(find_class(key).max_new_tokens, tokens)
     if "codex_eval" in chosen:
         load = codex_eval.CodexEval.load
@@ -47,7 +54,14 @@ def one_run(model: str, sources: str, out: str, engine: str, dtype: str, chunk: 
     engines.Engine.encode, engines.Engine.read = hashed, keep
     facts = dict.fromkeys(("model", "base_model", "training_data", "size"), "agreement")
     benchmarks = {key: {"settings": settings, "n": examples} for key, settings in chosen.items()}
-    runner.evaluate(facts, benchmarks, model, Path(out) / "predictions", Path(out) / "scores", sources or None, engine=engine, dtype=dtype, chunk_size=chunk, max_length=MAX_LENGTH)
+    if not chunk:
+        engines.READING_AHEAD["num_speculative_tokens_per_batch_size"] = [[1, 64, 8]]   # a harder test than usual: guesses however many answers are under way
+        start = engines.VLLMEngine.start
+        def started(self):
+            start(self)
+            if not self.llm.llm_engine.vllm_config.speculative_config: sys.exit("vLLM does not read ahead; was something else than greedy completions asked for?")
+        engines.VLLMEngine.start = started
+    runner.evaluate(facts, benchmarks, model, Path(out) / "predictions", Path(out) / "scores", sources or None, engine=engine, dtype=dtype, max_length=MAX_LENGTH, **({"chunk_size": chunk} if chunk else {"resume": "example"}))
 
 
 def gaps(model: str, contexts: str):
@@ -165,12 +179,15 @@ def main():
                 out.mkdir(parents=True, exist_ok=True)
                 child("--run", out, engine, dtype, chunk, n, "--model", model, "--sources", given.sources, "--tokens", given.tokens, "--leave-out", given.leave_out)
                 (out / "done").touch()
-                print(f"{engine}, {dtype}, chunks of {chunk}, {n} examples: {time.time() - began:.0f} s", flush=True)
+                print(f"{engine}, {dtype}, {f'chunks of {chunk}' if chunk else 'reading ahead'}, {n} examples: {time.time() - began:.0f} s", flush=True)
             return out
 
-        against = lambda *runs: compared(*runs, model, work, chosen)
+        against = lambda *runs, of=chosen: compared(*runs, model, work, of)
         gate = against(run("vllm"), run("transformers"))
         parts = [("vLLM and transformers, float32, the gate", "vLLM", "transformers", gate)]
+        import torch
+        if not torch.cuda.is_available():  # it reads ahead on CPUs alone
+            parts.append(("vLLM step by step and reading ahead, float32", "step by step", "ahead", against(run("vllm"), run("vllm", chunk=0), of=completing(chosen))))
         if given.others:
             few = given.others
             parts.append(("vLLM and transformers, bfloat16, for information", "vLLM", "transformers", against(run("vllm", "bfloat16", n=few), run("transformers", "bfloat16", n=few))))

@@ -293,7 +293,9 @@ def test_vllm_captures_graphs_where_there_is_a_gpu(there, checkpoint, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with torch._dynamo.config.patch(disable=False):
         engine = engines.VLLMEngine(checkpoint)
-        assert asked[0]["enforce_eager"] is not there and torch._dynamo.config.disable is not there and asked[0]["enable_prefix_caching"]
+        assert asked[0]["enforce_eager"] is not there and torch._dynamo.config.disable is not there and asked[0]["enable_prefix_caching"] and "speculative_config" not in asked[0]
+        engines.VLLMEngine(checkpoint, greedy=True)
+        assert ("speculative_config" in asked[1]) is not there  # no GPU has confirmed it
     requests = [engines.Request(prompt, engines.Decoding(5, temperature=0.8, n=3)) for prompt in ("one", "two")]
     first, second = (engine.sampling(piece) for piece in engine.pieces(requests, [], {}))
     assert first["seed"] == engines.prompt_seed(42, "one") != second["seed"] and first["n"] == 3
@@ -363,6 +365,23 @@ def test_all_benchmarks_go_through_one_queue(noted, checkpoint, sources, tmp_pat
         name = next(path for path in chunk if path.name == name)
         assert example[name] == chunk[name]
     with pytest.raises(ValueError, match="expected chunk or example"): run(tmp_path, resume="both")
+
+
+def test_the_engine_is_told_where_all_is_greedy(noted, checkpoint, sources, tmp_path, monkeypatch):
+    "Not in chunks, whose bytes may not depend on what else is asked; nor on what is left of a run that was broken off."
+    from tulu_study.evaluation.gsm import GSM
+    told = []
+    monkeypatch.setattr(Noted, "__init__", lambda self, folder, **options: told.append(options["greedy"]))
+    def run(folder, benchmarks, **options): return evaluate(MODEL, benchmarks, checkpoint, tmp_path / folder, tmp_path / folder, sources, **OPTIONS | options)
+    gsm = {"gsm": BENCHMARKS["gsm"]}
+    run("both", gsm, resume="example")
+    run("both", BENCHMARKS, resume="example")
+    (tmp_path / "both" / "gsm-direct.jsonl").unlink()
+    run("both", BENCHMARKS, resume="example")  # GSM alone is missing
+    run("chunks", gsm)
+    monkeypatch.setattr(GSM, "temperature", 0.8)
+    run("sampled", gsm, resume="example")
+    assert told == [True, False, False, False, False]
 
 
 def test_chunks_and_threads_matter_only_where_chunks_keep_company(noted, checkpoint, sources, tmp_path, monkeypatch):
@@ -480,8 +499,9 @@ def test_missing_checkpoint_is_named(tmp_path):
 
 AGREE = """
 import json, sys, weakref
-from tulu_study.evaluation.engines import TransformersEngine, VLLMEngine
-checkpoint, stop = sys.argv[1], sys.argv[2]
+import numba  # as in a notebook that used it before: vLLM starts all the same
+from tulu_study.evaluation.engines import EngineError, TransformersEngine, VLLMEngine
+checkpoint, stop, repeating = sys.argv[1:]
 prompts = ["The cat sat", "the big red dog ran under the tree and", "a", "it was " * 30, "cat " * 2000]
 found = {}
 for cls in (VLLMEngine, TransformersEngine):
@@ -495,16 +515,49 @@ for cls in (VLLMEngine, TransformersEngine):
     model = weakref.ref(engine.model if engine.name == "transformers" else engine.llm.apply_model(lambda model: model)[0])
     engine.release()
     found[engine.name + " gone"] = model() is None
+long = [prompts[i % 3] + " cat" * i for i in range(18)]  # more at once than are read ahead
+for name, folder, greedy in (("plain", checkpoint, False), ("ahead", checkpoint, True), ("repeating", repeating, False), ("repeating ahead", repeating, True)):
+    engine, steps = VLLMEngine(folder, greedy=greedy), []
+    step = engine.step
+    engine.step = lambda: steps.append(1) or step()
+    found[name] = [[[vars(o) for o in engine.generate(asked, n, stop=stops)] for asked, n, stops in ((prompts, 24, ()), (prompts, 24, (stop,)), (long, 24, ()), (long[:3], 600, ()))]]  # the last to the model's limit of 512
+    again = [prompts[0] + engine.generate(prompts[:1], 40)[0].texts[0]]
+    said = engine.generate(again, 40)[0].texts[0]
+    found[name][0].append([vars(o) for o in engine.generate(again, 40, stop=[max((said[i:i + 3] for i in range(len(said) - 2)), key=said.index)])])  # where the text repeats itself: within what is guessed
+    found[name].append(len(steps))
+    if name == "ahead":
+        for ask in (lambda: engine.option_scores(prompts[:1], [66]), lambda: engine.completion_scores(prompts[:1], [["a"]]), lambda: engine.generate(prompts[:1], 4, temperature=0.8)):
+            try: ask()
+            except EngineError as error: found.setdefault("refused", []).append(str(error))
+    engine.release()
 print("FOUND" + json.dumps(found))
 """
 
 
-def test_engines_agree(checkpoint):
+@pytest.fixture(scope="module")
+def repeating(checkpoint, tmp_path_factory):
+    "The checkpoint, made to say the same twelve tokens over and over: its layers add little, and its head answers every token with the next."
+    import shutil
+    import torch
+    from transformers import LlamaForCausalLM
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("repeating") / "m")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight): weight.mul_(0.01)
+        before = torch.arange(320) - 1
+        before[2::12] += 12  # the first of every twelve follows the last
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight[before.clamp(0, 319)])
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_engines_agree(checkpoint, repeating):
     "vLLM and transformers: same texts, token counts, reasons to stop, errors and log-probabilities; and vLLM repeats itself after a reset."
     pytest.importorskip("vllm", reason="vLLM is not installed")
     plain = engines.TransformersEngine(checkpoint).generate(["The cat sat"], 24)[0].texts[0]
     stop = plain[4:6]  # a string that does occur
-    done = subprocess.run([sys.executable, "-c", AGREE, str(checkpoint), stop], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", AGREE, str(checkpoint), stop, str(repeating)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.split("FOUND", 1)[1])
     assert found["vllm"][0] == found["vllm"][1], "the same requests after a reset gave something else"
@@ -515,3 +568,10 @@ def test_engines_agree(checkpoint):
     for ours, theirs in zip(whole[:4], whole_ref[:4]): assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-2) and ours["completion_tokens"] == theirs["completion_tokens"]
     assert whole[4]["error"] == whole_ref[4]["error"] and options[4]["error"] == options_ref[4]["error"] and all(len(row) == 3 for row in found["vllm sampled"])
     assert found["vllm gone"] and found["transformers gone"], "a released engine still holds its model"
+    (plain, steps), (ahead, fewer) = found["plain"], found["ahead"]
+    assert ahead == plain and plain[0] == texts and plain[1] == cut, "reading ahead changed greedy completions"
+    (plain, steps), (ahead, fewer) = found["repeating"], found["repeating ahead"]
+    assert ahead == plain and fewer < 0.5 * steps, "nothing was read ahead"
+    assert [output["finish"] for output in plain[3]] == [["length"]] * 3 and plain[3][0]["prompt_tokens"] + plain[3][0]["completion_tokens"] == 512
+    assert plain[4][0]["finish"] == ["stop"] and 2 < plain[4][0]["completion_tokens"] < 40
+    assert len(found["refused"]) == 3 and all("greedy completions alone" in said for said in found["refused"])

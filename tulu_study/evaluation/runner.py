@@ -6,7 +6,8 @@ examples. What an interrupted run left is kept in one of two ways:
 * `resume="chunk"` (studies): requests go out in fixed chunks with the engine's cache emptied before each. Whole chunks are kept, a chunk that was not
   finished is done again. A resumed run therefore sends exactly the requests that an uninterrupted run sends, in the same company, and writes the same bytes.
 * `resume="example"` (`tulu-study evaluate`, and whatever is asked over a network): the requests of all benchmarks go through one queue, those with the same
-  beginning one after the other, and no finished example is ever asked again.
+  beginning one after the other, and no finished example is ever asked again. Where all of them are greedy completions, the engine is told so
+  (`Engine`, greedy). Which requests kept each other company is not recorded; in bfloat16 it can move a completion.
 
 Beside `<benchmark>-<setting>.jsonl` lies `<benchmark>-<setting>.identity.json`: the checkpoint's hash, engine, dtype and everything else that
 changes a completion. When it differs, the predictions are not this run's: they go to `<benchmark>-<setting>.<hash of their identity>.old.jsonl` and come back
@@ -173,6 +174,9 @@ class Task:
 
     # ---- what is asked
 
+    @property
+    def greedy(self) -> bool: return self.benchmark.kind == "generate" and not self.benchmark.temperature
+
     def request(self, i: int, engine) -> Request:
         "What the engine is asked about one example."
         b = self.benchmark
@@ -334,7 +338,8 @@ def evaluate(
     if mode == "example": work = [sum(work, [])] if any(work) else []
     if work:
         with timing("engine_start"):
-            running = started or ENGINES[name](checkpoint_dir, dtype=dtype, seed=seed, max_length=max_length, note=note)
+            greedy = mode == "example" and all(task.greedy for task in tasks)  # chunks keep to one way, whatever else is asked, for the sake of their bytes
+            running = started or ENGINES[name](checkpoint_dir, dtype=dtype, seed=seed, max_length=max_length, note=note, greedy=greedy)
         with timing("compute"), tqdm(total=sum(map(len, work)), desc=model["model"], unit="example") as bar:
             for wanted in work:
                 if mode == "chunk": running.reset()
