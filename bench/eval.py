@@ -206,7 +206,7 @@ def run(side: str, spec: dict, folder: Path, peer: Path, turn="") -> dict:
     file.write_text(json.dumps(spec | {"out": str(out)}))
     env = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "MKL_NUM_THREADS": str(spec["threads"]), "TULU_THREADS": str(spec["threads"]), "TULU_RESULTS": str(folder), "TOKENIZERS_PARALLELISM": "false",
                         "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"),  # without compiling, which costs more than it gains here: ours switches it off by itself
-                        "PYTHONPATH": os.pathsep.join([*([str(peer)] if side in (HARNESS, HARNESS_GSM, HARNESS_AHEAD, "judge") else []), str(ROOT)])}
+                        "PYTHONPATH": os.pathsep.join([*([str(peer)] if MEASURES[side] in (measure_harness, judge) else []), str(ROOT)])}
     began = time.time()
     done = subprocess.run([sys.executable, __file__, "--measure", side, str(file)], capture_output=True, text=True, env=env, cwd=folder)
     wall = time.time() - began
