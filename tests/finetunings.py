@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from helpers import free_ports
 from tulu_study.training.config import FinetuneConfig
 from tulu_study.training.finetune import main
 from tulu_study.training.launch import environment_for
@@ -83,7 +84,7 @@ def fork(place):
     if not torch.cuda.is_available(): context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
 
     def run(function, *args, ranks=1, status=0):
-        env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks)}
+        env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_ports(1)[0]) if ranks > 1 else "0"}
         processes = [context.Process(target=_rank, args=({**env, "RANK": str(r), "LOCAL_RANK": str(r)}, function, args)) for r in range(ranks)]
         for process in processes: process.start()
         for process in processes: process.join(400)

@@ -1,5 +1,5 @@
 "Helpers that several tests share."
-import itertools, json
+import itertools, json, os, socket
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +13,16 @@ def notebook(path: Path, *cells: str, tags: dict | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "cells": made}))
     return path
+
+
+def free_ports(count: int) -> list[int]:
+    "Ports below those that the system hands out by itself, so that they stay free until a daemon takes them; other test processes look from another place on."
+    found = []
+    for port in range(20000 + os.getpid() * 13 % 10000, 32000):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)): found.append(port)
+        if len(found) == count: return found
+    raise AssertionError(f"no {count} free ports")
 
 
 class MadeUpEngine:

@@ -75,6 +75,16 @@ def test_runs_once_and_records(made, project):
     assert run_cell("made", {"limit": 5}, project/"out")["key"] != manifest["key"]
 
 
+def test_a_kernel_needs_no_port_that_something_else_may_have_taken(project):
+    notebook(project/"nbs"/"runs"/"heard.ipynb", PARAMS, START, """from ipykernel.connect import get_connection_info
+said = get_connection_info(unpack=True)
+run.finish(transport=said["transport"], sockets=[f"{said['ip']}-{port}" for name, port in said.items() if name.endswith("_port")])""")
+    run_cell("heard", {}, project/"out")
+    result = json.loads((project/"out"/"result.json").read_text())
+    assert result["transport"] == "ipc" and len(result["sockets"]) == 5 and len(result["sockets"][0]) < 90
+    assert not [path for path in result["sockets"] if Path(path).parent.exists()], "the cell leaves its sockets behind"
+
+
 def test_failure_is_recorded_with_its_notebook(project):
     notebook(project/"nbs"/"runs"/"bad.ipynb", PARAMS, START, "raise ValueError('row 7 of dolly has no response')")
     with pytest.raises(CellError, match="row 7 of dolly"): run_cell("bad", {}, project/"out")

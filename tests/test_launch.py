@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from finetunings import TOLERANCE, fork, gap, place, settings, train  # noqa: F401 (fork, place and train are fixtures)
+from helpers import free_ports
 from tulu_study.core import process
 from tulu_study.core.grid import Cell, slurm_resources, warning_seconds
 from tulu_study.core.process import PATIENCE, job_end, job_nodes
 from tulu_study.training.config import TrainingError, TrainingInterrupted
-from tulu_study.training.launch import Progress, _free_port, command_for, first_host, launch
+from tulu_study.training.launch import Progress, command_for, first_host, launch
 from tulu_study.training.resume import finished_states, state_root
 
 
@@ -206,7 +207,7 @@ def srun(tmp_path, monkeypatch, slurm):
     (tmp_path / "srun").write_text(f"#!{sys.executable}\n{SRUN}")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    slurm(JOB_ID=str(_free_port() - 20000), JOB_NODELIST="localhost", JOB_NUM_NODES="2")
+    slurm(JOB_ID=str(free_ports(1)[0] - 20000), JOB_NODELIST="localhost", JOB_NUM_NODES="2")
 
 
 @pytest.mark.slow

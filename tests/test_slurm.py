@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, free_ports
 from tulu_study import cli
 from tulu_study.core.cells import CellError
 from tulu_study.core.grid import load
 from tulu_study.core.settings import settings
-from tulu_study.training.launch import _free_port
 from tulu_study.training.resume import finished_states, state_root
 
 DAEMONS = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin") for name in ("slurmctld", "slurmd")}
@@ -130,7 +129,7 @@ def needs_slurm(test):
 def cluster(tmp_path_factory):
     "The environment of a cluster's login node."
     home, me, host = tmp_path_factory.mktemp("slurm"), getpass.getuser(), socket.gethostname().split(".")[0]
-    ports = [_free_port() for _ in range(3)]
+    ports = free_ports(3)
     nodes = "\n".join(f"NodeName=127.0.0.{k} NodeHostname={host} NodeAddr=127.0.0.{k} Port={ports[k]} CPUs={os.cpu_count()} Gres=gpu:1" for k in (1, 2))
     (home / "slurm.conf").write_text(f"""ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)

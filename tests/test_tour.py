@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tulu_study.core.cells import kernel_sockets
+
 ROOT = Path(__file__).resolve().parent.parent
 TOUR = ROOT / "nbs" / "tour"
 
@@ -29,7 +31,7 @@ def run(tmp_path, monkeypatch):
 
     def execute(name):
         nb = nbformat.read(TOUR / f"{name}.ipynb", 4)
-        NotebookClient(nb, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+        with kernel_sockets() as config: NotebookClient(nb, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}, config=config).execute()
         return nb
     return execute
 

@@ -2,7 +2,7 @@
 
 papermill alone lets three mistakes pass with exit code 0: a notebook without a `parameters` cell, an unknown parameter, and a value of the
 wrong type. `run_cell` refuses all three before a kernel starts. Afterwards it writes `manifest.json`, last and atomically: no manifest, no cell."""
-import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, signal, subprocess, sys, threading, time
+import ast, contextlib, datetime, difflib, functools, importlib.metadata, importlib.util, json, os, platform, shutil, signal, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -389,6 +389,16 @@ def _stoppable(work) -> None:
     if error: raise error[0]
 
 
+@contextlib.contextmanager
+def kernel_sockets():
+    """What a notebook client's `config` takes for a kernel that is spoken to through Unix sockets, in a folder of its own.
+
+    For TCP, Jupyter picks five free ports, lets go of them, and starts a kernel that takes them seconds later: of kernels that start beside other programs one dies now and then ("Address already in use")."""
+    from traitlets.config import Config
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir="/tmp", ignore_cleanup_errors=True) as folder:   # not $TMPDIR: a socket's path has a hundred characters at most
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}})
+
+
 def _execute(path: Path, executed: Path, params: dict) -> None:
     "Run the notebook through papermill, its kernel tied to this process."
     import logging
@@ -401,7 +411,8 @@ def _execute(path: Path, executed: Path, params: dict) -> None:
     os.environ.update(TULU_CELL=str(os.getpid()), TULU_ROOT=str(project_root()), TULU_CACHE=str(site.cache), TULU_RESULTS=str(site.results))
     if site.sources: os.environ["TULU_SOURCES"] = str(site.sources)
     work = functools.partial(papermill.execute_notebook, str(path), str(executed), parameters=params, kernel_name="python3", progress_bar=False, cwd=str(project_root()), log_output=False, extra_arguments=["--log-level=CRITICAL"])
-    try: _stoppable(work)
+    try:
+        with kernel_sockets() as config: _stoppable(functools.partial(work, config=config))
     except PapermillExecutionError as e:
         if e.ename.endswith("Interrupted"): raise CellInterrupted(e.evalue) from None
         lines = [line for line in (f"{e.ename}: {e.evalue}" if e.evalue else e.ename).splitlines() if line.strip()]

@@ -1,5 +1,5 @@
 "Start the ranks of a fine-tuning, show their progress, end them with this process, and return when the checkpoint has been verified."
-import collections, contextlib, json, os, re, shlex, signal, socket, subprocess, sys, tempfile, threading, time
+import collections, contextlib, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 from tulu_study.core.process import PATIENCE, job_nodes, start_child
@@ -76,14 +76,8 @@ def environment_for(config: FinetuneConfig, direct: bool) -> dict:
     else: env["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH", "")]))
-    if direct: env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if direct: env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}   # 0: whichever port is free when it is taken; nobody else has to know it
     return env
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def launch(
