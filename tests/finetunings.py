@@ -84,7 +84,7 @@ def fork(place):
     if not torch.cuda.is_available(): context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "deepspeed", "tulu_study.training.finetune", "tulu_study.training.verification"])
 
     def run(function, *args, ranks=1, status=0):
-        env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_ports(1)[0]) if ranks > 1 else "0"}
+        env = environment_for(settings(place, "x"), direct=True) | {"WORLD_SIZE": str(ranks)} | ({"MASTER_PORT": str(free_ports(1)[0])} if ranks > 1 else {})
         processes = [context.Process(target=_rank, args=({**env, "RANK": str(r), "LOCAL_RANK": str(r)}, function, args)) for r in range(ranks)]
         for process in processes: process.start()
         for process in processes: process.join(400)

@@ -1,5 +1,5 @@
 "Helpers that several tests share."
-import itertools, json, os, socket
+import itertools, json, random, socket
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,9 +16,9 @@ def notebook(path: Path, *cells: str, tags: dict | None = None) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    "Ports below those that the system hands out by itself, so that they stay free until a daemon takes them; other test processes look from another place on."
+    "Ports that nobody takes by chance before a daemon does: they lie below those that Linux hands out by itself, from a random one on."
     found = []
-    for port in range(20000 + os.getpid() * 13 % 10000, 32000):
+    for port in range(random.randrange(20000, 31000), 32000):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)): found.append(port)
         if len(found) == count: return found

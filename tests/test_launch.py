@@ -51,7 +51,7 @@ def test_several_nodes_in_a_slurm_job(place, slurm):
     slurm(JOB_ID="1234567", JOB_NODELIST="nid[002345-002346,002400]", JOB_NUM_NODES="4", CPUS_PER_TASK="56")
     text = shlex.join(command_for(settings(place, "x", ranks=32, nodes=4, batch_size=128), Path("/work/s.json")))
     assert text.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL --cpus-per-task=56 " + shlex.quote(sys.executable) + " -m torch.distributed.run --nnodes=4 --nproc-per-node=8 ")
-    assert " --rdzv-backend=c10d --rdzv-endpoint=nid002345:34567 --rdzv-id=1234567 " in text and text.endswith(" -m tulu_study.training.finetune /work/s.json")
+    assert " --rdzv-backend=c10d --rdzv-endpoint=nid002345:30567 --rdzv-id=1234567 " in text and text.endswith(" -m tulu_study.training.finetune /work/s.json")
 
 
 def test_nodes_where_snakemake_took_slurms_variables_away(place, slurm, asked):

@@ -1,13 +1,13 @@
 """A real server of the protocol, vLLM's own, on this machine's loopback: the endpoint engine reads from it what the vLLM engine computes."""
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import httpx
 import pytest
+from helpers import free_ports
 from test_evaluation import checkpoint  # noqa: F401  fixture
 
 from tulu_study.core.params import Endpoint
@@ -31,9 +31,7 @@ def served(checkpoint, tmp_path, monkeypatch):  # noqa: F811
     "Address of a server; skipped where it does not start."
     pytest.importorskip("vllm", reason="vLLM is not installed")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)[0]
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port), "--model", str(checkpoint), "--served-model-name", "tiny", "--dtype", "float32",
                "--max-model-len", "512", "--enforce-eager", "--generation-config", "vllm", "--kv-cache-memory-bytes", str(64 << 20)]

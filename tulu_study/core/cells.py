@@ -395,7 +395,8 @@ def kernel_sockets():
 
     For TCP, Jupyter picks five free ports, lets go of them, and starts a kernel that takes them seconds later: of kernels that start beside other programs one dies now and then ("Address already in use")."""
     from traitlets.config import Config
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir="/tmp", ignore_cleanup_errors=True) as folder:   # not $TMPDIR: a socket's path has a hundred characters at most
+    place = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix="kernel-", dir=place if len(os.fsencode(place)) < 70 else "/tmp", ignore_cleanup_errors=True) as folder:   # a socket's path has about a hundred bytes at most
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}})
 
 

@@ -7,6 +7,7 @@ from .config import MARK, FinetuneConfig, TrainingError, TrainingInterrupted
 from .resume import PROGRESS, inputs_of, state_root
 
 PORT = 29400     # where the agents of several nodes meet, outside Slurm
+PORTS = range(20000, 32000)   # and in a Slurm job: one of these by its number. From 32768 on Linux hands ports out itself
 STEP = re.compile(r"step (\d+)/(\d+)  loss (\S+)  .*?([\d,]+) tokens/s")   # what the trainer says of an optimiser step
 LINES = 30       # of progress in an executed notebook, at most some more
 SETTINGS = "settings.json"   # in the checkpoint's folder while several nodes train: all of them must see it
@@ -20,7 +21,7 @@ def command_for(
     "The command that trains. One rank needs no launcher (two seconds saved): it gets torchrun's environment variables."
     trainer = ["-m", "tulu_study.training.finetune", str(settings_file)]
     if launcher == "direct" or launcher == "auto" and config.ranks == 1: return [sys.executable, *trainer]
-    if config.nodes > 1: return [*srun_for(config), *agent_for(config, settings_file, f"{first_host(_allocation()[1])}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}", os.environ["SLURM_JOB_ID"])]
+    if config.nodes > 1: return [*srun_for(config), *agent_for(config, settings_file, f"{first_host(_allocation()[1])}:{PORTS[int(os.environ['SLURM_JOB_ID']) % len(PORTS)]}", os.environ["SLURM_JOB_ID"])]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.ranks}", f"--shutdown-timeout={PATIENCE}", *trainer]
 
 
