@@ -85,6 +85,16 @@ run.finish(transport=said["transport"], sockets=[f"{said['ip']}-{port}" for name
     assert not [path for path in result["sockets"] if Path(path).parent.exists()], "the cell leaves its sockets behind"
 
 
+def test_sockets_of_killed_processes_are_cleared_away_and_those_in_use_are_not():
+    code = "import os, signal\nfrom tulu_study.core.cells import kernel_sockets\nwith kernel_sockets() as config:\n    print(config.KernelManager.ip, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)"
+    with cells.kernel_sockets() as mine:
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        left = Path(done.stdout.strip()).parent
+        assert done.returncode == -9 and left.name.startswith("kernel-"), done.stderr
+        with cells.kernel_sockets() as another:
+            assert not left.exists() and all(Path(config.KernelManager.ip).parent.is_dir() for config in (mine, another))
+
+
 def test_failure_is_recorded_with_its_notebook(project):
     notebook(project/"nbs"/"runs"/"bad.ipynb", PARAMS, START, "raise ValueError('row 7 of dolly has no response')")
     with pytest.raises(CellError, match="row 7 of dolly"): run_cell("bad", {}, project/"out")
