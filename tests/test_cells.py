@@ -1,5 +1,5 @@
 "The door to papermill: what it refuses before a kernel starts, what it records, when it runs again."
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -85,12 +85,24 @@ run.finish(transport=said["transport"], sockets=[f"{said['ip']}-{port}" for name
     assert not [path for path in result["sockets"] if Path(path).parent.exists()], "the cell leaves its sockets behind"
 
 
+def test_nothing_else_is_cleared_away_with_the_sockets(tmp_path, monkeypatch):
+    (tmp_path/"precious").mkdir()
+    (tmp_path/"precious"/"lock").write_text("kept")
+    place = tempfile.mkdtemp(prefix="t-", dir="/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", place)
+    monkeypatch.setattr(os, "getuid", lambda mine=os.getuid(): mine + 1)   # whatever lies there is somebody else's
+    os.symlink(tmp_path/"precious", f"{place}/tulu_study-kernel-link")
+    with cells.kernel_sockets(): assert (tmp_path/"precious"/"lock").read_text() == "kept"
+    assert os.listdir(place) == ["tulu_study-kernel-link"]
+    shutil.rmtree(place)
+
+
 def test_sockets_of_killed_processes_are_cleared_away_and_those_in_use_are_not():
     code = "import os, signal\nfrom tulu_study.core.cells import kernel_sockets\nwith kernel_sockets() as config:\n    print(config.KernelManager.ip, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)"
     with cells.kernel_sockets() as mine:
         done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         left = Path(done.stdout.strip()).parent
-        assert done.returncode == -9 and left.name.startswith("kernel-"), done.stderr
+        assert done.returncode == -9 and left.name.startswith("tulu_study-kernel-"), done.stderr
         with cells.kernel_sockets() as another:
             assert not left.exists() and all(Path(config.KernelManager.ip).parent.is_dir() for config in (mine, another))
 

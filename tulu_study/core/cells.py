@@ -396,10 +396,12 @@ def kernel_sockets():
     For TCP, Jupyter picks five free ports, lets go of them, and starts a kernel that takes them seconds later: of kernels that start beside other programs one dies now and then ("Address already in use")."""
     from traitlets.config import Config
     place = tempfile.gettempdir()
-    if len(os.fsencode(place)) > 70: place = "/tmp"   # a socket's path has about a hundred bytes at most
-    for lock in Path(place).glob("kernel-*/lock"):    # nobody holds those of processes that were killed
-        with contextlib.suppress(OSError, Held), hold(lock): shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(prefix="kernel-", dir=place, ignore_cleanup_errors=True) as folder, hold(f"{folder}/held"):
+    if len(os.fsencode(place)) > 60: place = "/tmp"   # a socket's path has about a hundred bytes at most
+    for lock in Path(place).glob("tulu_study-kernel-*/lock"):   # nobody holds those of processes that were killed
+        with contextlib.suppress(OSError, Held):
+            if lock.parent.lstat().st_uid != os.getuid(): continue   # a folder, or a link, that somebody else put there
+            with hold(lock): shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix="tulu_study-kernel-", dir=place, ignore_cleanup_errors=True) as folder, hold(f"{folder}/held"):
         os.rename(f"{folder}/held", f"{folder}/lock")   # there only once it is held
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket", "connection_file": f"{folder}/kernel.json"}})
 
